@@ -1,0 +1,248 @@
+// The only file that knows Python: the extension module fdg_cuda._core.
+//
+// Threads: everything here is called with the GIL held. It is released wherever the host may wait
+// for a stream or join its thread, because an action may be a Python callable that needs it.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <chrono>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "action.h"
+#include "cpu/cpu_stream.h"
+#include "cpu/sgd_update.h"
+#include "flat_parameters.h"
+#include "scheduler.h"
+#include "trace/happens_before.h"
+#include "trace/trace_stream.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using fdg::cpu::FlatSgd;
+
+// How long the host waits before it looks whether a signal (Ctrl-C) came in.
+constexpr std::chrono::milliseconds kSignalInterval{50};
+
+// Destroyed with the GIL, wherever the last reference is dropped.
+class PythonWork final : public fdg::Work {
+ public:
+  explicit PythonWork(py::function function) : function_(std::move(function)) {}
+  ~PythonWork() override {
+    py::gil_scoped_acquire gil;
+    function_ = py::function();
+  }
+  void run(fdg::Stream&, const fdg::Invocation& at) override {
+    py::gil_scoped_acquire gil;
+    function_(at.batch);
+  }
+
+ private:
+  py::function function_;
+};
+
+// Keeps one Python thread state for a worker's whole life: making one anew for every callable costs
+// more than an empty callable, and would lose the thread's Python-side state.
+class ThreadState {
+ public:
+  ThreadState()
+      : acquired_(std::make_unique<py::gil_scoped_acquire>()), saved_(PyEval_SaveThread()) {}
+  ~ThreadState() {
+    PyEval_RestoreThread(saved_);
+    acquired_.reset();
+  }
+  ThreadState(const ThreadState&) = delete;
+  ThreadState& operator=(const ThreadState&) = delete;
+
+ private:
+  std::unique_ptr<py::gil_scoped_acquire> acquired_;
+  PyThreadState* saved_;
+};
+
+class PyScheduler {
+ public:
+  PyScheduler(const std::string& backend, const std::vector<std::string>& streams,
+              int max_ticks_in_flight, uint64_t delay_seed, int max_delay_us) {
+    py::gil_scoped_release no_gil;
+    scheduler_ = std::make_unique<fdg::Scheduler>(make_backend(backend, delay_seed, max_delay_us),
+                                                  streams, max_ticks_in_flight);
+  }
+
+  ~PyScheduler() { close(); }
+
+  void close() {
+    py::gil_scoped_release no_gil;
+    scheduler_.reset();
+  }
+
+  fdg::Scheduler& open() {
+    if (!scheduler_) throw std::runtime_error("this scheduler is closed");
+    return *scheduler_;
+  }
+
+  int add_action(std::string code, int stage, int slot, int stream, std::vector<int> reads,
+                 std::vector<int> writes, const py::object& work) {
+    fdg::Action action{std::move(code),   stage, slot, stream, std::move(reads),
+                       std::move(writes), {}};
+    if (py::isinstance<fdg::Work>(work))
+      action.work = work.cast<std::shared_ptr<fdg::Work>>();
+    else if (py::isinstance<py::function>(work))
+      action.work = std::make_shared<PythonWork>(work.cast<py::function>());
+    else if (!work.is_none())
+      throw py::type_error("work must be a function, a native work or None, got " +
+                           py::repr(work).cast<std::string>());
+    return open().add_action(std::move(action));
+  }
+
+  void submit(int tick_id, int64_t tick) {
+    fdg::Scheduler& scheduler = open();
+    wait([&] { return scheduler.wait_for_room(kSignalInterval); });
+    py::gil_scoped_release no_gil;
+    scheduler.submit(tick_id, tick);
+  }
+
+  void synchronize() {
+    fdg::Scheduler& scheduler = open();
+    wait([&] { return scheduler.wait_idle(kSignalInterval); });
+  }
+
+  std::shared_ptr<fdg::trace::Log> log() const {
+    if (!log_) throw std::runtime_error("only the trace backend keeps a log");
+    return log_;
+  }
+
+ private:
+  std::unique_ptr<fdg::Backend> make_backend(const std::string& name, uint64_t delay_seed,
+                                             int max_delay_us) {
+    if (name == "cpu") {
+      fdg::cpu::Options options;
+      options.on_thread_start = [] { return std::make_shared<ThreadState>(); };
+      options.delay_seed = delay_seed;
+      options.max_delay_us = max_delay_us;
+      return std::make_unique<fdg::cpu::CpuBackend>(std::move(options));
+    }
+    if (name == "trace") {
+      log_ = std::make_shared<fdg::trace::Log>();
+      return std::make_unique<fdg::trace::TraceBackend>(log_);
+    }
+    throw std::invalid_argument("unknown backend '" + name + "'; there are 'cpu' and 'trace'");
+  }
+
+  template <class Ready>
+  static void wait(const Ready& ready) {
+    while (true) {
+      {
+        py::gil_scoped_release no_gil;
+        if (ready()) return;
+      }
+      if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+    }
+  }
+
+  std::shared_ptr<fdg::trace::Log> log_;
+  std::unique_ptr<fdg::Scheduler> scheduler_;
+};
+
+std::shared_ptr<FlatSgd> make_flat_sgd(const std::string& dtype, int stage,
+                                       const std::vector<std::pair<int64_t, int64_t>>& segments,
+                                       std::vector<uintptr_t> weights, uintptr_t momentum,
+                                       uintptr_t gradients, uintptr_t hyper, int64_t hyper_rows,
+                                       int64_t hyper_columns, uintptr_t progress, int threads) {
+  fdg::FlatParameters parameters;
+  if (dtype == "float32")
+    parameters.dtype = fdg::Dtype::float32;
+  else if (dtype == "float64")
+    parameters.dtype = fdg::Dtype::float64;
+  else
+    throw std::invalid_argument("dtype must be 'float32' or 'float64', got '" + dtype + "'");
+  if (threads < 1)
+    throw std::invalid_argument("threads must be at least 1, got " + std::to_string(threads));
+  parameters.stage = stage;
+  for (const auto& [offset, size] : segments) parameters.segments.push_back({offset, size});
+  parameters.weights = std::move(weights);
+  parameters.momentum = momentum;
+  parameters.gradients = reinterpret_cast<const uint64_t*>(gradients);
+  parameters.hyper = {reinterpret_cast<const double*>(hyper), hyper_rows, hyper_columns};
+  parameters.progress = reinterpret_cast<int64_t*>(progress);
+  return std::make_shared<FlatSgd>(std::move(parameters), threads);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_core, m) {
+  m.doc() = "The C++ core of fdg_cuda: streams, events, scheduler and fused updates.";
+  m.attr("backends") = py::make_tuple("cpu", "trace");
+
+  py::class_<fdg::Work, std::shared_ptr<fdg::Work>>(m, "Work");
+
+  py::class_<FlatSgd, std::shared_ptr<FlatSgd>>(m, "FlatSgd")
+      .def(py::init(&make_flat_sgd), py::kw_only(), py::arg("dtype"), py::arg("stage"),
+           py::arg("segments"), py::arg("weights"), py::arg("momentum"), py::arg("gradients"),
+           py::arg("hyper"), py::arg("hyper_rows"), py::arg("hyper_columns"), py::arg("progress"),
+           py::arg("threads"))
+      .def("update", &FlatSgd::update, py::arg("source"), py::arg("target"))
+      .def("copy", &FlatSgd::copy, py::arg("source"), py::arg("target"))
+      .def("run_update", &FlatSgd::run_update, py::arg("source"), py::arg("target"),
+           py::arg("batch"), py::call_guard<py::gil_scoped_release>());
+
+  py::class_<PyScheduler>(m, "Scheduler")
+      .def(py::init<const std::string&, const std::vector<std::string>&, int, uint64_t, int>(),
+           py::arg("backend"), py::arg("streams"), py::kw_only(),
+           py::arg("max_ticks_in_flight") = 2, py::arg("delay_seed") = 0,
+           py::arg("max_delay_us") = 0)
+      .def(
+          "add_buffer",
+          [](PyScheduler& self, std::string name, bool shared) {
+            return self.open().add_buffer(std::move(name), shared);
+          },
+          py::arg("name"), py::kw_only(), py::arg("shared"))
+      .def("add_action", &PyScheduler::add_action, py::kw_only(), py::arg("code"), py::arg("stage"),
+           py::arg("slot"), py::arg("stream"), py::arg("reads"), py::arg("writes"), py::arg("work"))
+      .def(
+          "add_tick",
+          [](PyScheduler& self, std::vector<std::pair<int, int64_t>> actions) {
+            return self.open().add_tick(std::move(actions));
+          },
+          py::arg("actions"))
+      .def("submit", &PyScheduler::submit, py::arg("tick_id"), py::arg("tick"))
+      .def("synchronize", &PyScheduler::synchronize)
+      .def("cancel", [](PyScheduler& self) { self.open().cancel(); })
+      .def("close", &PyScheduler::close)
+      .def_property_readonly("ticks_in_flight",
+                             [](PyScheduler& self) { return self.open().ticks_in_flight(); })
+      .def_property_readonly("buffer_names",
+                             [](PyScheduler& self) { return self.open().buffer_names(); })
+      .def("operations", [](const PyScheduler& self) { return self.log()->operations; });
+
+  using fdg::trace::Operation;
+  using fdg::trace::OperationKind;
+  py::enum_<OperationKind>(m, "OperationKind")
+      .value("run", OperationKind::run)
+      .value("record", OperationKind::record)
+      .value("wait", OperationKind::wait);
+  py::class_<Operation>(m, "Operation")
+      .def(py::init<>())
+      .def_readwrite("kind", &Operation::kind)
+      .def_readwrite("stream", &Operation::stream)
+      .def_readwrite("code", &Operation::code)
+      .def_readwrite("stage", &Operation::stage)
+      .def_readwrite("slot", &Operation::slot)
+      .def_readwrite("tick", &Operation::tick)
+      .def_readwrite("batch", &Operation::batch)
+      .def_readwrite("reads", &Operation::reads)
+      .def_readwrite("writes", &Operation::writes)
+      .def_readwrite("event", &Operation::event)
+      .def_readwrite("ticket", &Operation::ticket)
+      .def("__repr__", &Operation::describe);
+  py::class_<fdg::trace::Report>(m, "HappensBeforeReport")
+      .def_readonly("races", &fdg::trace::Report::races)
+      .def_readonly("deadlocks", &fdg::trace::Report::deadlocks)
+      .def_readonly("reads_from", &fdg::trace::Report::reads_from)
+      .def_property_readonly("clean", &fdg::trace::Report::clean);
+  m.def("check_happens_before", &fdg::trace::check_happens_before, py::arg("operations"),
+        py::call_guard<py::gil_scoped_release>());
+}

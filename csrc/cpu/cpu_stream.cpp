@@ -1,0 +1,171 @@
+#include "cpu_stream.h"
+
+#include <chrono>
+#include <exception>
+
+#if defined(__x86_64__) || defined(__i386__)
+#include <immintrin.h>
+#endif
+
+namespace fdg::cpu {
+namespace {
+
+// Waking a sleeping thread costs several microseconds, so a waiter looks for a moment first. With
+// more streams than cores the one it waits for may need this very core: then it only yields.
+constexpr int kSpins = 4000;
+constexpr int kYields = 50;
+
+void relax() {
+#if defined(__x86_64__) || defined(__i386__)
+  _mm_pause();
+#endif
+}
+
+template <class Ready>
+bool look(bool spin, const Ready& ready) {
+  for (int i = 0; spin && i < kSpins; ++i) {
+    if (ready()) return true;
+    relax();
+  }
+  for (int i = 0; i < kYields; ++i) {
+    if (ready()) return true;
+    std::this_thread::yield();
+  }
+  return ready();
+}
+
+}  // namespace
+
+void CpuEvent::complete(uint64_t ticket) {
+  completed_.store(ticket);  // sequentially consistent, as is sleepers_: one of the two sides sees
+  if (sleepers_.load() > 0) {  // the other, so no wake-up is lost
+    std::lock_guard<std::mutex> lock(mutex_);
+    changed_.notify_all();
+  }
+}
+
+void CpuEvent::wait(uint64_t ticket, bool spin) {
+  const auto ready = [&] { return completed_.load() >= ticket; };
+  if (look(spin, ready)) return;
+  std::unique_lock<std::mutex> lock(mutex_);
+  ++sleepers_;
+  changed_.wait(lock, ready);
+  --sleepers_;
+}
+
+bool CpuEvent::wait_host(std::chrono::milliseconds timeout) {
+  const uint64_t ticket = recorded_;
+  const auto ready = [&] { return completed_.load() >= ticket; };
+  if (ready()) return true;
+  std::unique_lock<std::mutex> lock(mutex_);
+  ++sleepers_;
+  const bool done = changed_.wait_for(lock, timeout, ready);
+  --sleepers_;
+  return done;
+}
+
+CpuStream::CpuStream(const Options& options, uint64_t index, const std::atomic<int>& stream_count,
+                     Failure& failure)
+    : max_delay_us_(options.max_delay_us),
+      delays_(options.delay_seed * 1000003 + index),
+      stream_count_(stream_count),
+      failure_(failure),
+      thread_([this, on_start = options.on_thread_start] { work(on_start); }) {}
+
+CpuStream::~CpuStream() {
+  flush();
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    closing_ = true;
+  }
+  changed_.notify_one();
+  thread_.join();
+}
+
+void CpuStream::run(const Action& action, const Invocation& at) {
+  held_.push_back({Kind::run, &action, nullptr, 0, at});
+}
+
+void CpuStream::record(Event& event) {
+  auto& cpu_event = static_cast<CpuEvent&>(event);
+  held_.push_back({Kind::record, nullptr, &cpu_event, ++cpu_event.recorded_, {}});
+}
+
+void CpuStream::wait(Event& event) {
+  auto& cpu_event = static_cast<CpuEvent&>(event);
+  if (cpu_event.recorded_ > 0)
+    held_.push_back({Kind::wait, nullptr, &cpu_event, cpu_event.recorded_, {}});
+}
+
+void CpuStream::flush() {
+  if (held_.empty()) return;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    queue_.insert(queue_.end(), held_.begin(), held_.end());
+    available_.store(true, std::memory_order_release);
+  }
+  changed_.notify_one();
+  held_.clear();
+}
+
+bool CpuStream::may_spin() const {
+  return stream_count_.load(std::memory_order_relaxed) <=
+         static_cast<int>(std::thread::hardware_concurrency());
+}
+
+bool CpuStream::take(std::vector<Operation>& operations) {
+  look(may_spin(), [this] { return available_.load(std::memory_order_acquire); });
+  std::unique_lock<std::mutex> lock(mutex_);
+  changed_.wait(lock, [this] { return !queue_.empty() || closing_; });
+  operations.clear();
+  operations.swap(queue_);
+  available_.store(false, std::memory_order_release);
+  return !operations.empty();
+}
+
+void CpuStream::work(const std::function<std::shared_ptr<void>()>& on_start) {
+  std::shared_ptr<void> guard;
+  try {
+    if (on_start) guard = on_start();
+  } catch (...) {
+    failure_.set(std::current_exception());
+  }
+  std::vector<Operation> operations;
+  while (take(operations))
+    for (const Operation& operation : operations) execute(operation);
+}
+
+void CpuStream::execute(const Operation& operation) {
+  switch (operation.kind) {
+    case Kind::run:
+      run_action(operation);
+      break;
+    case Kind::record:
+      operation.event->complete(operation.ticket);
+      break;
+    case Kind::wait:
+      operation.event->wait(operation.ticket, may_spin());
+      break;
+  }
+}
+
+void CpuStream::run_action(const Operation& operation) {
+  if (!operation.action->work || failure_.stopped()) return;
+  try {
+    if (max_delay_us_ > 0) {
+      std::uniform_int_distribution<int> delay_us(0, max_delay_us_);
+      std::this_thread::sleep_for(std::chrono::microseconds(delay_us(delays_)));
+    }
+    operation.action->work->run(*this, operation.at);
+  } catch (...) {
+    failure_.set(std::current_exception());
+  }
+}
+
+std::unique_ptr<Stream> CpuBackend::make_stream(const std::string&, Failure& failure) {
+  const int index = stream_count_++;
+  return std::make_unique<CpuStream>(options_, static_cast<uint64_t>(index), stream_count_,
+                                     failure);
+}
+
+}  // namespace fdg::cpu

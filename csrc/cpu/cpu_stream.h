@@ -1,0 +1,96 @@
+// The cpu backend: a stream is a worker thread with a FIFO, an event a counter of records.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "../failure.h"
+#include "../stream.h"
+
+namespace fdg::cpu {
+
+struct Options {
+  // Called on every worker thread when it starts; what it returns is destroyed when the thread
+  // ends (a Python thread state, for example).
+  std::function<std::shared_ptr<void>()> on_thread_start;
+  // For tests: every action is preceded by a sleep drawn from [0, max_delay_us] microseconds.
+  uint64_t delay_seed = 0;
+  int max_delay_us = 0;
+};
+
+class CpuEvent final : public Event {
+ public:
+  bool wait_host(std::chrono::milliseconds timeout) override;
+
+ private:
+  friend class CpuStream;
+  void complete(uint64_t ticket);
+  void wait(uint64_t ticket, bool spin);
+
+  uint64_t recorded_ = 0;  // tickets given out; touched by the enqueuing thread only
+  std::atomic<uint64_t> completed_{0};
+  std::atomic<int> sleepers_{0};
+  std::mutex mutex_;
+  std::condition_variable changed_;
+};
+
+class CpuStream final : public Stream {
+ public:
+  CpuStream(const Options& options, uint64_t index, const std::atomic<int>& stream_count,
+            Failure& failure);
+  ~CpuStream() override;
+
+  void run(const Action& action, const Invocation& at) override;
+  void record(Event& event) override;
+  void wait(Event& event) override;
+  void flush() override;
+
+ private:
+  enum class Kind { run, record, wait };
+  struct Operation {
+    Kind kind;
+    const Action* action;
+    CpuEvent* event;
+    uint64_t ticket;
+    Invocation at;
+  };
+
+  void work(const std::function<std::shared_ptr<void>()>& on_start);
+  bool take(std::vector<Operation>& operations);
+  void execute(const Operation& operation);
+  void run_action(const Operation& operation);
+  bool may_spin() const;
+
+  const int max_delay_us_;
+  std::mt19937_64 delays_;
+  const std::atomic<int>& stream_count_;
+  Failure& failure_;
+  std::vector<Operation> held_;  // enqueued, not flushed yet
+
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  std::vector<Operation> queue_;
+  std::atomic<bool> available_{false};
+  bool closing_ = false;
+  std::thread thread_;
+};
+
+class CpuBackend final : public Backend {
+ public:
+  explicit CpuBackend(Options options) : options_(std::move(options)) {}
+  std::unique_ptr<Stream> make_stream(const std::string& name, Failure& failure) override;
+  std::unique_ptr<Event> make_event() override { return std::make_unique<CpuEvent>(); }
+
+ private:
+  const Options options_;
+  std::atomic<int> stream_count_{0};
+};
+
+}  // namespace fdg::cpu

@@ -1,0 +1,253 @@
+#include "sgd_update.h"
+
+#include <algorithm>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include "../sgd.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace fdg::cpu {
+namespace {
+
+// A block's new weights wait in the first-level cache before they are written out.
+constexpr int kBlock = 1024;
+constexpr int64_t kPiece = 16 * kBlock;
+// Above this size the new weights would push everything else out of the cache before the forward
+// reads them, so they are stored past it; an ordinary store would also read the line first.
+constexpr int64_t kStreamBytes = int64_t{8} << 20;
+
+template <class T>
+struct Span {
+  const T* weights;
+  const T* gradients;
+  T* momentum;
+  T* out;
+  int64_t size;
+};
+
+template <bool nesterov, class T>
+inline __attribute__((always_inline)) void update_block(const Span<T>& s,
+                                                        const SgdCoefficients<T>& c, T* to) {
+  // `to` is `s.weights` when in place: an element is read before it is written and touched by no
+  // other, so no iteration depends on another.
+#if defined(__clang__)
+#pragma clang loop vectorize(assume_safety)
+#else
+#pragma GCC ivdep
+#endif
+  for (int64_t i = 0; i < s.size; ++i)
+    to[i] = sgd_step<nesterov>(s.weights[i], s.gradients[i], s.momentum[i], c);
+}
+
+template <class T>
+inline __attribute__((always_inline)) void update_span(const Span<T>& s, bool nesterov,
+                                                       const SgdCoefficients<T>& c, T* to) {
+  if (nesterov)
+    update_block<true>(s, c, to);
+  else
+    update_block<false>(s, c, to);
+}
+
+template <class T>
+void update_baseline(const Span<T>& s, bool nesterov, const SgdCoefficients<T>& c, T* to) {
+  update_span(s, nesterov, c, to);
+}
+
+#if defined(__x86_64__)
+template <class T>
+__attribute__((target("avx2,fma"))) void update_avx2(const Span<T>& s, bool nesterov,
+                                                     const SgdCoefficients<T>& c, T* to) {
+  update_span(s, nesterov, c, to);
+}
+
+// 16-byte streaming stores; what does not fill one is stored the ordinary way.
+void store_past_cache(void* to, const void* from, size_t bytes) {
+  auto* out = static_cast<char*>(to);
+  const auto* in = static_cast<const char*>(from);
+  const size_t head = std::min(bytes, (16 - reinterpret_cast<uintptr_t>(out) % 16) % 16);
+  std::memcpy(out, in, head);
+  size_t i = head;
+  for (; i + 16 <= bytes; i += 16)
+    _mm_stream_si128(reinterpret_cast<__m128i*>(out + i),
+                     _mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i)));
+  std::memcpy(out + i, in + i, bytes - i);
+}
+void finish_stores() { _mm_sfence(); }
+#else
+void store_past_cache(void* to, const void* from, size_t bytes) { std::memcpy(to, from, bytes); }
+void finish_stores() {}
+#endif
+
+template <class T>
+using UpdateFunction = void (*)(const Span<T>&, bool, const SgdCoefficients<T>&, T*);
+
+template <class T>
+UpdateFunction<T> best_update() {
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return update_avx2<T>;
+#endif
+  return update_baseline<T>;
+}
+
+template <class T>
+void update_piece(const Span<T>& piece, bool nesterov, const SgdCoefficients<T>& c,
+                  bool stream_stores) {
+  static const UpdateFunction<T> update = best_update<T>();
+  if (!stream_stores) {
+    update(piece, nesterov, c, piece.out);
+    return;
+  }
+  alignas(64) T block[kBlock];
+  for (int64_t i = 0; i < piece.size; i += kBlock) {
+    const int64_t size = std::min<int64_t>(kBlock, piece.size - i);
+    const Span<T> part{piece.weights + i, piece.gradients + i, piece.momentum + i, nullptr, size};
+    update(part, nesterov, c, block);
+    store_past_cache(piece.out + i, block, static_cast<size_t>(size) * sizeof(T));
+  }
+}
+
+class UpdateWork final : public Work {
+ public:
+  UpdateWork(std::shared_ptr<FlatSgd> sgd, int from, int to)
+      : sgd_(std::move(sgd)), from_(from), to_(to) {}
+  void run(Stream&, const Invocation& at) override { sgd_->run_update(from_, to_, at.batch); }
+
+ private:
+  const std::shared_ptr<FlatSgd> sgd_;
+  const int from_;
+  const int to_;
+};
+
+class CopyWork final : public Work {
+ public:
+  CopyWork(std::shared_ptr<FlatSgd> sgd, int from, int to)
+      : sgd_(std::move(sgd)), from_(from), to_(to) {}
+  void run(Stream&, const Invocation&) override { sgd_->run_copy(from_, to_); }
+
+ private:
+  const std::shared_ptr<FlatSgd> sgd_;
+  const int from_;
+  const int to_;
+};
+
+int64_t item_size(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 8; }
+
+}  // namespace
+
+FlatSgd::FlatSgd(FlatParameters parameters, int threads)
+    : parameters_(std::move(parameters)), team_(threads) {
+  int64_t total = 0;
+  int64_t end = 0;
+  for (const Segment& segment : parameters_.segments) {
+    if (segment.offset < end || segment.size < 0)
+      throw std::invalid_argument("segments must be in order and must not overlap; one begins at " +
+                                  std::to_string(segment.offset) + ", before " +
+                                  std::to_string(end));
+    end = segment.offset + segment.size;
+    total += segment.size;
+  }
+  if (total > 0) {
+    const bool missing = std::find(parameters_.weights.begin(), parameters_.weights.end(), 0) !=
+                         parameters_.weights.end();
+    if (parameters_.weights.empty() || missing || !parameters_.momentum || !parameters_.gradients ||
+        !parameters_.hyper.data || !parameters_.progress)
+      throw std::invalid_argument("a pointer of the stage's flat memory is null");
+  }
+  if (parameters_.hyper.rows < 1 ||
+      parameters_.hyper.columns <= HyperTable::first_shrink + parameters_.stage)
+    throw std::invalid_argument("the hyper-parameter table has no column for stage " +
+                                std::to_string(parameters_.stage));
+  stream_stores_ = total * item_size(parameters_.dtype) > kStreamBytes;
+
+  pieces_.resize(static_cast<size_t>(team_.threads()));
+  const int64_t share = std::max<int64_t>(1, (total + team_.threads() - 1) / team_.threads());
+  int64_t seen = 0;
+  for (size_t segment = 0; segment < parameters_.segments.size(); ++segment)
+    for (int64_t begin = 0; begin < parameters_.segments[segment].size;) {
+      const auto thread = static_cast<size_t>(seen / share);
+      const int64_t left_of_share = (static_cast<int64_t>(thread) + 1) * share - seen;
+      const int64_t size =
+          std::min({kPiece, parameters_.segments[segment].size - begin, left_of_share});
+      pieces_[thread].push_back({segment, begin, size});
+      begin += size;
+      seen += size;
+    }
+}
+
+void FlatSgd::check_copy(int index) const {
+  if (index < 0 || index >= static_cast<int>(parameters_.weights.size()))
+    throw std::invalid_argument("weight copy " + std::to_string(index) +
+                                " does not exist; there are " +
+                                std::to_string(parameters_.weights.size()));
+}
+
+std::shared_ptr<Work> FlatSgd::update(int from, int to) {
+  check_copy(from);
+  check_copy(to);
+  return std::make_shared<UpdateWork>(shared_from_this(), from, to);
+}
+
+std::shared_ptr<Work> FlatSgd::copy(int from, int to) {
+  check_copy(from);
+  check_copy(to);
+  return std::make_shared<CopyWork>(shared_from_this(), from, to);
+}
+
+template <class T>
+void FlatSgd::update_typed(int from, int to, int64_t batch) {
+  const double* row = parameters_.hyper.row(batch);
+  const SgdCoefficients<T> c{
+      static_cast<T>(row[HyperTable::first_shrink + parameters_.stage]),
+      static_cast<T>(row[HyperTable::weight_decay]),
+      static_cast<T>(row[HyperTable::momentum]),
+      static_cast<T>(row[HyperTable::lr]),
+  };
+  const bool nesterov = row[HyperTable::nesterov] != 0;
+  const auto* source = reinterpret_cast<const T*>(parameters_.weights[from]);
+  auto* target = reinterpret_cast<T*>(parameters_.weights[to]);
+  auto* momentum = reinterpret_cast<T*>(parameters_.momentum);
+  const bool past_cache = stream_stores_ && from != to;
+  team_.run([&](int thread) {
+    for (const Piece& piece : pieces_[thread]) {
+      const int64_t at = parameters_.segments[piece.segment].offset + piece.begin;
+      const auto* gradient = reinterpret_cast<const T*>(parameters_.gradients[piece.segment]);
+      if (gradient)
+        update_piece<T>(
+            {source + at, gradient + piece.begin, momentum + at, target + at, piece.size}, nesterov,
+            c, past_cache);
+      else if (from != to)
+        std::memcpy(target + at, source + at, static_cast<size_t>(piece.size) * sizeof(T));
+    }
+    if (past_cache) finish_stores();
+  });
+}
+
+void FlatSgd::run_update(int from, int to, int64_t batch) {
+  if (parameters_.dtype == Dtype::float32)
+    update_typed<float>(from, to, batch);
+  else
+    update_typed<double>(from, to, batch);
+  parameters_.progress[0] = to;
+  ++parameters_.progress[1];
+}
+
+void FlatSgd::run_copy(int from, int to) {
+  if (from == to) return;
+  const int64_t item = item_size(parameters_.dtype);
+  const auto* source = reinterpret_cast<const char*>(parameters_.weights[from]);
+  auto* target = reinterpret_cast<char*>(parameters_.weights[to]);
+  team_.run([&](int thread) {
+    for (const Piece& piece : pieces_[thread]) {
+      const int64_t at = (parameters_.segments[piece.segment].offset + piece.begin) * item;
+      std::memcpy(target + at, source + at, static_cast<size_t>(piece.size * item));
+    }
+  });
+  parameters_.progress[0] = to;
+}
+
+}  // namespace fdg::cpu

@@ -1,0 +1,115 @@
+"""The C++ core: streams, events, scheduler and fused updates."""
+
+from collections.abc import Callable, Sequence
+from typing import final
+
+backends: tuple[str, ...]
+
+class Work:
+    """Something native a scheduler can run without Python."""
+
+class FlatSgd:
+    """The fused update over one stage's flat memory; all addresses stay the caller's.
+
+    ``segments``: (offset, size) of every parameter in elements. ``gradients``: address of one
+    uint64 per segment, itself the address of a dense gradient or 0. ``hyper``: address of a
+    float64 table, row ``batch % hyper_rows`` = [lr, momentum, weight_decay, nesterov, shrink of
+    stage 0, shrink of stage 1, ...]. ``progress``: address of two int64, the newest weight copy and
+    the number of updates made.
+    """
+
+    def __init__(
+        self,
+        *,
+        dtype: str,
+        stage: int,
+        segments: Sequence[tuple[int, int]],
+        weights: Sequence[int],
+        momentum: int,
+        gradients: int,
+        hyper: int,
+        hyper_rows: int,
+        hyper_columns: int,
+        progress: int,
+        threads: int,
+    ) -> None: ...
+    def update(self, source: int, target: int) -> Work: ...
+    def copy(self, source: int, target: int) -> Work: ...
+    def run_update(self, source: int, target: int, batch: int) -> None: ...
+
+class Scheduler:
+    """Runs ticks of actions on the streams of one backend (``"cpu"`` or ``"trace"``)."""
+
+    def __init__(
+        self,
+        backend: str,
+        streams: Sequence[str],
+        *,
+        max_ticks_in_flight: int = 2,
+        delay_seed: int = 0,
+        max_delay_us: int = 0,
+    ) -> None: ...
+    def add_buffer(self, name: str, *, shared: bool) -> int: ...
+    def add_action(
+        self,
+        *,
+        code: str,
+        stage: int,
+        slot: int,
+        stream: int,
+        reads: Sequence[int],
+        writes: Sequence[int],
+        work: Callable[[int], None] | Work | None,
+    ) -> int: ...
+    def add_tick(self, actions: Sequence[tuple[int, int]]) -> int: ...
+    def submit(self, tick_id: int, tick: int) -> None: ...
+    def synchronize(self) -> None: ...
+    def cancel(self) -> None: ...
+    def close(self) -> None: ...
+    @property
+    def ticks_in_flight(self) -> int: ...
+    @property
+    def buffer_names(self) -> list[str]: ...
+    def operations(self) -> list[Operation]: ...
+
+@final
+class OperationKind:
+    run: OperationKind
+    record: OperationKind
+    wait: OperationKind
+    def __init__(self, value: int) -> None: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def value(self) -> int: ...
+    def __int__(self) -> int: ...
+    def __index__(self) -> int: ...
+    def __hash__(self) -> int: ...
+
+class Operation:
+    """One enqueued operation of the trace backend; plain data, free to be altered."""
+
+    kind: OperationKind
+    stream: int
+    code: str
+    stage: int
+    slot: int
+    tick: int
+    batch: int
+    reads: list[int]
+    writes: list[int]
+    event: int
+    ticket: int
+    def __init__(self) -> None: ...
+
+class HappensBeforeReport:
+    @property
+    def races(self) -> list[str]: ...
+    @property
+    def deadlocks(self) -> list[str]: ...
+    @property
+    def reads_from(self) -> list[list[int]]: ...
+    @property
+    def clean(self) -> bool: ...
+
+def check_happens_before(operations: Sequence[Operation]) -> HappensBeforeReport: ...

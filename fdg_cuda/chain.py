@@ -1,0 +1,85 @@
+"""A model as a chain of layers: what a runner can train, and what it refuses with the remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+TRAINABLE_DTYPES = (torch.float32, torch.float64)
+
+
+def as_chain(model: nn.Sequential | Sequence[nn.Module]) -> nn.Sequential:
+    """``model`` as an ``nn.Sequential``; the same object if it is one already.
+
+    Raises:
+        TypeError: neither an ``nn.Sequential`` nor a list of modules.
+        ValueError: no layers.
+    """
+    if isinstance(model, nn.Sequential):
+        chain = model
+    elif isinstance(model, nn.Module) and not isinstance(model, nn.ModuleList):
+        raise TypeError(
+            f"the model must be an nn.Sequential, whose children are the chain of layers, or a list "
+            f"of modules; got a {type(model).__name__}. Write it as "
+            f"nn.Sequential(*layers), each layer taking one tensor and returning one."
+        )
+    else:
+        layers = list(model)
+        for number, layer in enumerate(layers):
+            if not isinstance(layer, nn.Module):
+                raise TypeError(
+                    f"layer {number} of the chain is no nn.Module but a {type(layer).__name__}"
+                )
+        chain = nn.Sequential(*layers)
+    if len(chain) == 0:
+        raise ValueError("the model has no layers")
+    return chain
+
+
+def check_parameters(model: nn.Module) -> None:
+    """Raises:
+    TypeError: a parameter of a dtype that cannot be trained on a CPU.
+    ValueError: a parameter that is not on the CPU, or no trainable parameter at all.
+    """
+    trainable = 0
+    for name, parameter in model.named_parameters():
+        if parameter.device.type != "cpu":
+            raise ValueError(
+                f"parameter {name} is on {parameter.device}, but the stages are on the CPU; give the "
+                f"model on the CPU (model.cpu()), the runner places its stages itself"
+            )
+        if parameter.dtype not in TRAINABLE_DTYPES and parameter.requires_grad:
+            raise TypeError(
+                f"parameter {name} is {parameter.dtype}; a CPU device trains float32 and float64 "
+                f"weights. Convert the model with model.float()."
+            )
+        trainable += parameter.requires_grad
+    if not trainable:
+        raise ValueError("the model has no trainable parameter (requires_grad is False for all)")
+
+
+def check_shared(model: nn.Module, stages: Sequence[Sequence[nn.Module]]) -> None:
+    """Raises:
+    ValueError: a parameter or buffer belongs to two stages.
+    """
+    names = {
+        id(tensor): name
+        for named in (
+            model.named_parameters(remove_duplicate=False),
+            model.named_buffers(remove_duplicate=False),
+        )
+        for name, tensor in named
+    }
+    owner: dict[int, int] = {}
+    for number, layers in enumerate(stages):
+        for layer in layers:
+            for tensor in (*layer.parameters(), *layer.buffers()):
+                first = owner.setdefault(id(tensor), number)
+                if first != number:
+                    raise ValueError(
+                        f"{names.get(id(tensor), 'a tensor')} is shared by stages {first} and "
+                        f"{number}, which would each train a copy of its own. Choose split so that "
+                        f"the layers sharing it are in one stage, or give each its own parameter."
+                    )

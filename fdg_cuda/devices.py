@@ -1,0 +1,56 @@
+"""Which devices a runner can put stages on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+Device = int | str | torch.device
+
+
+def parse_devices(devices: Sequence[Device]) -> list[torch.device]:
+    """One torch device per stage; integers are CUDA ordinals.
+
+    Raises:
+        TypeError: not a sequence of devices.
+        ValueError: none given, an unknown name, or a device this machine or build cannot use.
+    """
+    if isinstance(devices, (str, int, torch.device)) or not isinstance(devices, Sequence):
+        raise TypeError(
+            f"devices must be a list with one entry per stage, such as [0, 1, 2] or "
+            f"['cpu', 'cpu']; got {devices!r}"
+        )
+    if not devices:
+        raise ValueError("devices is empty; give one entry per stage, such as ['cpu', 'cpu']")
+    return [_parse(device) for device in devices]
+
+
+def _parse(device: Device) -> torch.device:
+    if isinstance(device, bool) or not isinstance(device, (int, str, torch.device)):
+        raise TypeError(
+            f"a device is a CUDA ordinal (0), a name ('cpu', 'cuda:1') or a torch.device; got "
+            f"{device!r}"
+        )
+    try:
+        parsed = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    except RuntimeError:
+        raise ValueError(
+            f"unknown device {device!r}; use 'cpu', or a CUDA ordinal such as 0"
+        ) from None
+    if parsed.type == "cuda":
+        count = torch.cuda.device_count()
+        if (parsed.index is not None and not 0 <= parsed.index < max(count, 1)) or count == 0:
+            have = f"this machine has {count} CUDA devices" if count else "there is none here"
+            raise ValueError(
+                f"device {device!r} asks for a CUDA device, but {have}. Use 'cpu' for stages on the "
+                f"processor: devices=['cpu', 'cpu']"
+            )
+        raise ValueError(
+            f"device {device!r}: this build of fdg_cuda has no CUDA backend yet; use 'cpu'"
+        )
+    if parsed.type != "cpu":
+        raise ValueError(
+            f"device {device!r} is not supported; use 'cpu', or a CUDA ordinal such as 0"
+        )
+    return parsed

@@ -1,0 +1,27 @@
+"""Exceptions of this package that are not plain ValueErrors or TypeErrors."""
+
+from __future__ import annotations
+
+
+class NonFiniteLossError(ArithmeticError):
+    """The loss of a batch became NaN or infinite, and training stopped.
+
+    Attributes:
+        epoch: 0-based epoch of this ``fit`` the batch belongs to.
+        batch: 0-based number of the batch within that epoch.
+        loss: the loss.
+    """
+
+    def __init__(self, loss: float, batch: int, epoch: int) -> None:
+        self.loss = loss
+        self.batch = batch
+        self.epoch = epoch
+        super().__init__(
+            f"the loss became {loss} at batch {batch} of epoch {epoch}; training stopped and the "
+            f"model holds the weights the epoch began with. A smaller lr, more warm-up, a smaller "
+            f"beta or fewer stages keep delayed gradients stable."
+        )
+
+
+class AliasedParameterError(RuntimeError):
+    """A layer reaches a parameter in a way the runner cannot replace with a slot's own copy."""

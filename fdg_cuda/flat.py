@@ -1,0 +1,183 @@
+"""A stage's trainable parameters as flat memory, with one copy of the weights per slot."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fdg_cuda._core import FlatSgd
+
+ALIGNMENT_BYTES = 64
+DTYPES = {torch.float32: "float32", torch.float64: "float64"}
+
+
+class FlatMemory:
+    """The weights (``copies`` of them), momentum and gradient table of one stage.
+
+    Every parameter keeps its shape and strides (channels_last included); copies are views into flat
+    arrays that the fused update goes through in one pass. Between runs the caller's own parameters
+    *are* views of the newest copy, so nothing is held twice.
+
+    Args:
+        parameters: distinct, trainable, all of one dtype (float32 or float64), on the CPU.
+        copies: weight copies, at least 1.
+        stage: for error messages and the stage's column of the hyper-parameter table.
+
+    Raises:
+        TypeError: a dtype the update cannot train.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], copies: int, stage: int) -> None:
+        self.parameters = list(parameters)
+        self.stage = stage
+        self.dtype = _common_dtype(self.parameters, stage)
+        step = ALIGNMENT_BYTES // self.dtype.itemsize
+        self.segments: list[tuple[int, int]] = []
+        end = 0
+        for parameter in self.parameters:
+            self.segments.append((end, parameter.numel()))
+            end += -(-parameter.numel() // step) * step
+        self.weights = [torch.zeros(end, dtype=self.dtype) for _ in range(copies)]
+        self.momentum = torch.zeros(end, dtype=self.dtype)
+        self._strides = [_dense_strides(parameter) for parameter in self.parameters]
+        # Leaves of the autograd graphs, one set per weight copy.
+        self.leaves = [
+            [nn.Parameter(view) for view in self._views(weights)] for weights in self.weights
+        ]
+        self.gradient_table = np.zeros(len(self.parameters), dtype=np.uint64)
+        self._gradients: list[Tensor | None] = []
+        self._progress = np.zeros(2, dtype=np.int64)
+        self.adopt()
+
+    @property
+    def newest(self) -> int:
+        """The weight copy the last update (or fill) wrote."""
+        return int(self._progress[0])
+
+    @property
+    def updates(self) -> int:
+        """Updates made since the memory was laid out."""
+        return int(self._progress[1])
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weight copies together."""
+        return sum(copy.nbytes for copy in self.weights)
+
+    def matches(self, parameters: Sequence[nn.Parameter]) -> bool:
+        """Whether this memory was laid out for just these parameters as they are now."""
+        return len(parameters) == len(self.parameters) and all(
+            new is old and new.shape == leaf.shape and new.dtype == leaf.dtype
+            for new, old, leaf in zip(parameters, self.parameters, self.leaves[0], strict=True)
+        )
+
+    def inherit_momentum(self, other: FlatMemory) -> None:
+        """Take over the momentum of the parameters that ``other`` was laid out for too."""
+        known = dict(zip(map(id, other.parameters), other._views(other.momentum), strict=True))
+        for parameter, view in zip(self.parameters, self._views(self.momentum), strict=True):
+            old = known.get(id(parameter))
+            if old is not None and old.shape == view.shape:
+                view.copy_(old)
+
+    def adopt(self) -> None:
+        """Take the caller's parameters as the newest weights, if they are not already."""
+        with torch.no_grad():
+            for parameter, view in zip(
+                self.parameters, self._views(self.weights[self.newest]), strict=True
+            ):
+                if parameter.data_ptr() != view.data_ptr() or parameter.stride() != view.stride():
+                    view.copy_(parameter)
+
+    def publish(self) -> None:
+        """Make the caller's parameters views of the newest weights."""
+        for parameter, view in zip(
+            self.parameters, self._views(self.weights[self.newest]), strict=True
+        ):
+            parameter.data = view
+
+    def make_newest(self, copy: int) -> None:
+        """Put the newest weights into weight copy ``copy``. Only while nothing is running."""
+        if copy != self.newest:
+            self.weights[copy].copy_(self.weights[self.newest])
+            self._progress[0] = copy
+
+    def collect_gradients(self, copy: int) -> None:
+        """Move the gradients from the leaves of ``copy`` to where the update finds them.
+
+        Raises:
+            TypeError: a sparse gradient.
+        """
+        gradients: list[Tensor | None] = []
+        for i, leaf in enumerate(self.leaves[copy]):
+            gradient = leaf.grad
+            leaf.grad = None
+            if gradient is not None and gradient.stride() != leaf.stride():
+                gradient = self._dense(gradient, leaf)
+            gradients.append(gradient)
+            self.gradient_table[i] = 0 if gradient is None else gradient.data_ptr()
+        self._gradients = gradients
+
+    def release_gradients(self) -> None:
+        """Let go of the last gradients. Only while nothing is running."""
+        self._gradients = []
+        self.gradient_table[:] = 0
+
+    def native_sgd(self, hyper: np.ndarray, threads: int) -> FlatSgd:
+        """The fused update over this memory; ``hyper`` is the float64 table described in
+        ``csrc/flat_parameters.h``. Both must outlive it."""
+        return FlatSgd(
+            dtype=DTYPES[self.dtype],
+            stage=self.stage,
+            segments=self.segments,
+            weights=[weights.data_ptr() for weights in self.weights],
+            momentum=self.momentum.data_ptr(),
+            gradients=self.gradient_table.ctypes.data,
+            hyper=hyper.ctypes.data,
+            hyper_rows=hyper.shape[0],
+            hyper_columns=hyper.shape[1],
+            progress=self._progress.ctypes.data,
+            threads=threads,
+        )
+
+    def _views(self, flat: Tensor) -> list[Tensor]:
+        return [
+            torch.as_strided(flat, parameter.shape, strides, offset)
+            for parameter, strides, (offset, _) in zip(
+                self.parameters, self._strides, self.segments, strict=True
+            )
+        ]
+
+    def _dense(self, gradient: Tensor, leaf: Tensor) -> Tensor:
+        if gradient.layout != torch.strided:
+            raise TypeError(
+                f"stage {self.stage}: a parameter of shape {tuple(leaf.shape)} got a gradient of "
+                f"layout {gradient.layout}; the fused update needs dense ones. Build the layer "
+                f"without sparse gradients (nn.Embedding(..., sparse=False))."
+            )
+        return torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype).copy_(gradient)
+
+
+def _common_dtype(parameters: Sequence[nn.Parameter], stage: int) -> torch.dtype:
+    dtypes = {parameter.dtype for parameter in parameters}
+    for dtype in dtypes:
+        if dtype not in DTYPES:
+            raise TypeError(
+                f"stage {stage} has {dtype} parameters; the fused update trains float32 and float64 "
+                f"weights. Convert the model with model.float()."
+            )
+    if len(dtypes) > 1:
+        raise TypeError(
+            f"stage {stage} mixes parameters of {', '.join(sorted(map(str, dtypes)))}; a stage needs "
+            f"one dtype. Convert the model with model.float() or model.double(), or cut it where "
+            f"the dtype changes."
+        )
+    return dtypes.pop() if dtypes else torch.float32
+
+
+def _dense_strides(parameter: Tensor) -> tuple[int, ...]:
+    """The parameter's own strides if its elements fill memory without gap or overlap."""
+    # `preserve_format` keeps the strides of exactly those tensors.
+    return torch.empty_like(parameter, device="meta").stride()

@@ -1,0 +1,110 @@
+"""Measured layer times, remembered.
+
+Times differ a little from one measurement to the next, and with them the cut, and with the cut the
+trained weights. Remembering them makes the same command give the same bits on the same machine
+every time, and saves measuring again. The file is ``layer_times.json`` in ``$FDG_CACHE_DIR``, else in
+``$XDG_CACHE_HOME/fdg_cuda``, else in ``~/.cache/fdg_cuda``; delete it to measure anew. With
+``FDG_CACHE_DIR`` set to nothing, times are remembered within the process only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import platform
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+logger = logging.getLogger("fdg_cuda")
+
+_known: dict[str, list[float]] = {}
+
+
+def cache_file() -> Path | None:
+    """Where times are kept; None if they are not to be."""
+    folder = os.environ.get("FDG_CACHE_DIR")
+    if folder is not None:
+        return Path(folder) / "layer_times.json" if folder else None
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "fdg_cuda" / "layer_times.json"
+
+
+def remembered(
+    layers: Sequence[nn.Module],
+    batch: tuple[Tensor, Tensor],
+    threads: int,
+    measure: Callable[[], list[float]],
+) -> list[float]:
+    """Seconds per layer as measured earlier under the same circumstances, else ``measure()``."""
+    key = _key(layers, batch, threads)
+    if key not in _known:
+        stored = _read().get(key)
+        if stored is not None and len(stored) == len(layers):
+            _known[key] = stored
+        else:
+            _known[key] = measure()
+            _write(key, _known[key])
+    return _known[key]
+
+
+def _key(layers: Sequence[nn.Module], batch: tuple[Tensor, Tensor], threads: int) -> str:
+    def shape(tensor: Tensor) -> str:
+        return f"{tuple(tensor.shape)} {tensor.stride()} {tensor.dtype}"
+
+    circumstances = [
+        torch.__version__,
+        platform.machine(),
+        _cpu_name(),
+        str(threads),
+        *map(shape, batch),
+        *(
+            f"{layer} {[(name, shape(p), p.requires_grad) for name, p in layer.named_parameters()]}"
+            for layer in layers
+        ),
+    ]
+    return hashlib.sha256("\n".join(circumstances).encode()).hexdigest()
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith("model name")), platform.processor())
+
+
+def _read() -> dict[str, list[float]]:
+    file = cache_file()
+    if file is None or not file.exists():
+        return {}
+    try:
+        stored = json.loads(file.read_text())
+        return {str(key): [float(t) for t in times] for key, times in stored.items()}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        logger.warning("%s cannot be read (%s); layers are measured anew", file, error)
+        return {}
+
+
+def _write(key: str, times: list[float]) -> None:
+    file = cache_file()
+    if file is None:
+        return
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        content = json.dumps({**_read(), key: times}, indent=1)
+        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as temporary:
+            temporary.write(content)
+        os.replace(temporary.name, file)
+    except OSError as error:
+        logger.warning(
+            "measured layer times cannot be kept in %s (%s): the next run measures again and may cut "
+            "elsewhere; give split=... to fix the cut, or FDG_CACHE_DIR for another folder",
+            file,
+            error,
+        )

@@ -1,0 +1,80 @@
+"""Loss and accuracy of batches and epochs, averaged over samples."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class BatchResult:
+    """One trained batch: mean loss over its samples, and how many of them were classified right
+    (None where the target is no class index per sample)."""
+
+    batch: int
+    epoch: int
+    loss: float
+    samples: int
+    correct: int | None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Averages over samples. ``accuracy`` is a share in [0, 1], or None if there are no classes."""
+
+    loss: float
+    accuracy: float | None
+    samples: int
+
+
+@dataclass(frozen=True)
+class EpochResult:
+    """One trained epoch: averages over its samples as they were trained, and how long it took."""
+
+    epoch: int
+    loss: float
+    accuracy: float | None
+    samples: int
+    batches: int
+    seconds: float
+
+
+@dataclass
+class History:
+    """What ``fit`` returns: ``batch_losses`` in batch order over all its epochs."""
+
+    batch_losses: list[float] = field(default_factory=list)
+    epochs: list[EpochResult] = field(default_factory=list)
+
+
+class Average:
+    """Sample-weighted sums of batches, in the order they are added."""
+
+    def __init__(self) -> None:
+        self._loss = 0.0
+        self._correct: int | None = 0
+        self.samples = 0
+
+    def add(self, loss: float, samples: int, correct: int | None) -> None:
+        self._loss += loss * samples
+        self.samples += samples
+        if correct is None or self._correct is None:
+            self._correct = None
+        else:
+            self._correct += correct
+
+    def result(self) -> Evaluation:
+        accuracy = None if self._correct is None else self._correct / self.samples
+        return Evaluation(self._loss / self.samples, accuracy, self.samples)
+
+
+def count_correct(output: Tensor, target: Tensor) -> int | None:
+    """Samples whose largest output is at the target's index: ``output`` (N, classes), ``target``
+    (N,) of an integer dtype. None for any other pair."""
+    if output.ndim != 2 or target.ndim != 1 or len(output) != len(target):
+        return None
+    if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
+        return None
+    return int((output.argmax(dim=1) == target).sum())

@@ -1,0 +1,85 @@
+"""The optimizer face of a runner: what ``torch.optim.lr_scheduler`` drives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BETA_RANGE = "beta must be above 0 and at most 1 (1: gradients are not shrunk)"
+
+
+class DelayedSGD(torch.optim.Optimizer):
+    """SGD with momentum whose updates the stages make themselves, each on its own batch.
+
+    Its one parameter group holds ``lr``, ``momentum``, ``weight_decay``, ``nesterov`` and ``beta``.
+    A batch takes the values in force when it enters the pipeline, and they are those of its update
+    in every stage, however much later that is.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor],
+        *,
+        lr: float,
+        momentum: float,
+        weight_decay: float,
+        nesterov: bool,
+        beta: float,
+    ) -> None:
+        for name, value in (("lr", lr), ("momentum", momentum), ("weight_decay", weight_decay)):
+            if not value >= 0:
+                raise ValueError(f"{name} must be 0 or more; got {value!r}")
+        if not 0 < beta <= 1:
+            raise ValueError(f"{BETA_RANGE}; got {beta!r}")
+        if nesterov and momentum == 0:
+            raise ValueError("nesterov=True needs a momentum above 0; got momentum=0")
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "beta": beta,
+        }
+        self._complete = False
+        super().__init__(params, defaults)
+        self._complete = True
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if getattr(self, "_complete", False):
+            raise ValueError(
+                "a runner's optimizer has one parameter group: the fused update uses the same "
+                "hyper-parameters for every parameter of the model"
+            )
+        super().add_param_group(param_group)
+
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Called by the runner once per batch entering the pipeline; changes no weight.
+
+        ``torch.optim.lr_scheduler`` counts these calls to tell whether its order of use is right.
+        """
+        if closure is not None:
+            raise ValueError("a runner's optimizer takes no closure; its stages run the backward")
+
+    def hyper_row(self, shrinks: list[int]) -> list[float]:
+        """``[lr, momentum, weight_decay, nesterov, beta**n for n in shrinks]`` in force now.
+
+        Raises:
+            ValueError: ``beta`` was set out of range.
+        """
+        group = self.param_groups[0]
+        beta = float(group["beta"])
+        if not 0 < beta <= 1:
+            raise ValueError(f"{BETA_RANGE}; got {beta!r}")
+        return [
+            float(group["lr"]),
+            float(group["momentum"]),
+            float(group["weight_decay"]),
+            float(bool(group["nesterov"])),
+            *(beta**n for n in shrinks),
+        ]

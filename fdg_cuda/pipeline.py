@@ -1,0 +1,171 @@
+"""The running pipeline of one ``fit``: scheduler, program and stages at work."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Generator, Iterator, Sequence
+from itertools import count
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fdg_cuda._core import Scheduler
+from fdg_cuda.batches import Batch
+from fdg_cuda.errors import NonFiniteLossError
+from fdg_cuda.metrics import count_correct
+from fdg_cuda.optim import DelayedSGD
+from fdg_cuda.program import Program
+from fdg_cuda.schedule import Schedule
+from fdg_cuda.stage import Stage
+
+LossFunction = Callable[[Tensor, Tensor], Tensor]
+MAX_TICKS_IN_FLIGHT = 2
+
+
+class Pipeline:
+    """Threads and memory of one ``fit``; ``close`` ends them whatever happened.
+
+    Args:
+        schedule: the rule.
+        stages: one per device.
+        loss_fn: mean loss of a batch.
+        optimizer: where the hyper-parameters of a batch are read when it enters.
+        threads: intra-op threads per stage.
+        stash: whether each slot has its own weight copy.
+        delays: (seed, longest in microseconds) of the sleeps put before every action, for tests.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        stages: Sequence[Stage],
+        loss_fn: LossFunction,
+        optimizer: DelayedSGD,
+        *,
+        threads: int,
+        stash: bool,
+        delays: tuple[int, int] = (0, 0),
+    ) -> None:
+        self._schedule = schedule
+        self._stages = list(stages)
+        self._loss_fn = loss_fn
+        self._optimizer = optimizer
+        self._shrinks = [schedule.shrinks(stage) for stage in range(schedule.stages)]
+        # A row is written when its batch enters, at most MAX_TICKS_IN_FLIGHT ticks ahead of the
+        # oldest tick at work, and read last `latency` ticks after the batch's own.
+        rows = schedule.latency + MAX_TICKS_IN_FLIGHT + 1
+        self._hyper = np.zeros((rows, 4 + schedule.stages))
+        self._targets: dict[int, Tensor] = {}
+        self._epoch = 0
+        # (loss, samples, correct) of this epoch's batches, in order
+        self.results: list[tuple[float, int, int | None]] = []
+        self._scheduler = Scheduler(
+            "cpu",
+            [f"stage {stage}" for stage in range(schedule.stages)],
+            max_ticks_in_flight=MAX_TICKS_IN_FLIGHT,
+            delay_seed=delays[0],
+            max_delay_us=delays[1],
+        )
+        try:
+            self._set_threads(threads)
+            for stage in self._stages:
+                stage.begin_fit(hyper=self._hyper, threads=threads)
+            self._stages[-1].loss = self._loss
+            self._program = Program(schedule, self._scheduler, self._stages, stash=stash)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """End all threads. What has not begun is dropped."""
+        self._scheduler.close()
+        for stage in self._stages:
+            stage.end_fit()
+        self._targets.clear()
+
+    def epoch(
+        self, number: int, batches: Iterator[Batch], entered: Callable[[], object]
+    ) -> Generator[None, None, None]:
+        """Train one epoch, yielding after every tick that was enqueued.
+
+        ``entered`` is called after each batch entered and before the next one is read. When the
+        generator ends, however it ends, nothing is running and the callers' parameters hold the
+        newest weights.
+        """
+        self._epoch = number
+        self.results.clear()
+        for stage in self._stages:
+            stage.begin_epoch(self._schedule.first_slot(stage.index))
+        snapshots = [stage.snapshot() for stage in self._stages]
+        drained = False
+        try:
+            yield from self._ticks(batches, entered)
+            self._scheduler.synchronize()
+            drained = True
+        except NonFiniteLossError:
+            self._scheduler.close()
+            for stage, snapshot in zip(self._stages, snapshots, strict=True):
+                stage.restore(snapshot)
+            raise
+        finally:
+            if not drained:
+                self._scheduler.close()
+            for stage in self._stages:
+                stage.end_epoch()
+
+    def _ticks(self, batches: Iterator[Batch], entered: Callable[[], object]) -> Iterator[None]:
+        total: int | None = None
+        for tick in count():
+            if total is None:
+                batch = next(batches, None)
+                if batch is None:
+                    total = tick
+                else:
+                    self._enter(tick, batch)
+            if total is not None and tick >= total + self._schedule.latency:
+                return
+            self._program.submit(tick, total)
+            if total is None:
+                entered()
+            yield
+
+    def _enter(self, number: int, batch: Batch) -> None:
+        row = self._optimizer.hyper_row(self._shrinks)
+        self._hyper[number % len(self._hyper)] = row
+        self._stages[0].inputs[number], self._targets[number] = batch
+
+    def _loss(self, output: Tensor, batch: int) -> Tensor:
+        """Runs on the last stage's stream."""
+        target = self._targets.pop(batch)
+        loss = self._loss_fn(output, target)
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+            raise TypeError(
+                f"loss_fn must return a scalar tensor, the mean over the batch; got {got}"
+            )
+        if not loss.requires_grad:
+            raise ValueError(
+                f"the loss of batch {batch} depends on no trainable parameter (was the output "
+                f"detached, or the loss computed under no_grad?)"
+            )
+        value = loss.item()
+        if not math.isfinite(value):
+            raise NonFiniteLossError(value, batch, self._epoch)
+        self.results.append((value, len(target), count_correct(output.detach(), target)))
+        return loss
+
+    def _set_threads(self, threads: int) -> None:
+        # One stage at a time: torch resizes a pool all threads share.
+        for stage in range(self._schedule.stages):
+            action = self._scheduler.add_action(
+                code="T",
+                stage=stage,
+                slot=0,
+                stream=stage,
+                reads=[],
+                writes=[],
+                work=lambda _: torch.set_num_threads(threads),
+            )
+            self._scheduler.submit(self._scheduler.add_tick([(action, 0)]), 0)
+            self._scheduler.synchronize()

@@ -1,0 +1,370 @@
+"""FDGRunner: trains a chain of layers split over several devices with delayed gradients."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fdg_cuda.batches import Batches, Loader
+from fdg_cuda.chain import as_chain, check_parameters, check_shared
+from fdg_cuda.devices import Device, parse_devices
+from fdg_cuda.layer_times import remembered
+from fdg_cuda.metrics import (
+    Average,
+    BatchResult,
+    EpochResult,
+    Evaluation,
+    History,
+    count_correct,
+)
+from fdg_cuda.optim import DelayedSGD
+from fdg_cuda.pipeline import LossFunction, Pipeline
+from fdg_cuda.schedule import Schedule
+from fdg_cuda.split import balance, check_split, measure
+from fdg_cuda.stage import Stage
+
+logger = logging.getLogger("fdg_cuda")
+
+BACKWARD_WEIGHTS = ("stash", "current")
+
+
+class FDGRunner:
+    """Trains ``model`` split into ``len(devices)`` stages, one per device, with delayed gradients.
+
+    Args:
+        model: an ``nn.Sequential`` (its children are the chain) or a list of modules, each taking
+            one tensor and returning one.
+        devices: one per stage; integers are CUDA ordinals, strings torch device names; repeats are
+            allowed (``["cpu", "cpu"]``).
+        method: ``"fdg"`` (Zhuang et al., TNNLS 2021), ``"ddg"`` (Huo et al., ICML 2018) or ``"bp"``.
+        split: the children at which stages 1, 2, ... begin. None: where the measured times of
+            forward and backward balance best, on the first batch of the first ``fit``.
+        loss_fn: ``(output, target) -> scalar``, a mean over samples; default cross-entropy.
+        lr, momentum, weight_decay, nesterov: as in ``torch.optim.SGD``.
+        beta: shrinking factor in (0, 1]: stage k's gradients carry ``beta ** (K-1-k)``; not in
+            ``"bp"``.
+        backward_weights: ``"stash"``: a batch's backward uses the weights of its forward (FDG, eq. 7);
+            ``"current"``: those of the moment, which takes one weight copy per stage.
+        cpu_threads: cores that CPU stages share; default ``torch.get_num_threads()``. Each stage
+            computes with ``cpu_threads // K`` of them, at least 1; ``"bp"``, whose stages take turns,
+            with all.
+
+    The same seed gives the same bits on every run, however the stages' threads interleave, for
+    models that draw no random numbers in their forward.
+
+    Attributes:
+        optimizer: ``param_groups`` that any ``torch.optim.lr_scheduler`` can drive.
+
+    Raises:
+        TypeError, ValueError: an argument that cannot work; the message says what would.
+    """
+
+    optimizer: DelayedSGD
+
+    def __init__(
+        self,
+        model: nn.Sequential | Sequence[nn.Module],
+        devices: Sequence[Device],
+        *,
+        method: str = "fdg",
+        split: Sequence[int] | None = None,
+        loss_fn: LossFunction | None = None,
+        lr: float = 0.1,
+        momentum: float = 0.9,
+        weight_decay: float = 5e-4,
+        nesterov: bool = False,
+        beta: float = 0.5,
+        backward_weights: str = "stash",
+        cpu_threads: int | None = None,
+    ) -> None:
+        self._model = as_chain(model)
+        self._layers = list(self._model)
+        self._devices = parse_devices(devices)
+        self._schedule = Schedule(method, len(self._devices))
+        if backward_weights not in BACKWARD_WEIGHTS:
+            raise ValueError(
+                f"backward_weights must be one of {', '.join(BACKWARD_WEIGHTS)}; got "
+                f"{backward_weights!r}"
+            )
+        if len(self._layers) < len(self._devices):
+            raise ValueError(
+                f"the chain has {len(self._layers)} layers, too few for {len(self._devices)} stages; "
+                f"give at most {len(self._layers)} devices, or a model with more children"
+            )
+        if cpu_threads is not None and cpu_threads < 1:
+            raise ValueError(f"cpu_threads must be at least 1; got {cpu_threads}")
+        check_parameters(self._model)
+        self._backward_weights = backward_weights
+        self._loss_fn = loss_fn if loss_fn is not None else F.cross_entropy
+        self._cpu_threads = cpu_threads
+        self.optimizer = DelayedSGD(
+            [p for p in self._model.parameters() if p.requires_grad],
+            lr=lr,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            nesterov=nesterov,
+            beta=beta,
+        )
+        self._split: list[int] | None = None
+        self._stages: list[Stage] = []
+        self._fitting = False
+        self._running = False  # fitting, and not drained
+        # For tests: (seed, longest delay in microseconds) put before every action.
+        self._injected_delays = (0, 0)
+        if split is not None:
+            self._cut(check_split(split, len(self._layers), len(self._devices)))
+        elif len(self._devices) == 1:
+            self._cut([])
+
+    # -- what the runner is ---------------------------------------------------------------------
+
+    @property
+    def split(self) -> list[int] | None:
+        """Children at which stages 1, 2, ... begin; None before the first batch was measured."""
+        return None if self._split is None else list(self._split)
+
+    @property
+    def schedule(self) -> Schedule:
+        """The rule this runner follows."""
+        return self._schedule
+
+    @property
+    def stages(self) -> list[Stage]:
+        """The stages, in order; empty before the model was cut."""
+        return list(self._stages)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """A copy of the model's weights and buffers, with the model's own keys, on the CPU."""
+        self._refuse_while_running("state_dict")
+        return {k: v.detach().cpu().clone() for k, v in self._model.state_dict().items()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Load weights and buffers saved by :meth:`state_dict` or by the plain model.
+
+        Momentum is left as it is, as ``torch.optim.SGD`` does.
+
+        Raises:
+            RuntimeError: missing or unexpected keys, or other shapes (from torch).
+        """
+        self._refuse_while_running("load_state_dict")
+        self._model.load_state_dict(state_dict)
+
+    # -- training -------------------------------------------------------------------------------
+
+    def fit(
+        self,
+        loader: Loader,
+        epochs: int = 1,
+        *,
+        lr_scheduler: Any = None,
+        lr_step: str = "epoch",
+        on_batch: Callable[[BatchResult], object] | None = None,
+        on_epoch: Callable[[EpochResult], object] | None = None,
+    ) -> History:
+        """Train for ``epochs`` epochs. The pipeline drains at the end of each, so that every stage
+        has made one update per batch and the model's own parameters hold the finished weights.
+
+        The model trains in the mode it is in; if it was put in evaluation mode as a whole, ``train()``
+        is called first.
+
+        Args:
+            loader: any iterable of (input, target) tensors; iterated once per epoch.
+            epochs: how often.
+            lr_scheduler: a ``torch.optim.lr_scheduler`` made for :attr:`optimizer`, to be stepped
+                here after every epoch or batch. (Or call its ``step`` yourself between fits.)
+            lr_step: ``"epoch"`` or ``"batch"``.
+            on_batch: called for each batch, in order, soon after its loss is known.
+            on_epoch: called after each epoch, with nothing running: ``evaluate``, ``predict`` and
+                ``state_dict`` may be used in it.
+
+        Returns:
+            Losses per batch, and averages per epoch.
+
+        Raises:
+            NonFiniteLossError: a loss became NaN or infinite; the model holds the weights with which
+                that epoch began.
+            KeyboardInterrupt: on Ctrl-C, within two ticks; every stage holds its newest weights,
+                and stages may differ by the updates that were under way.
+            Exception: whatever the model, the loss or the loader raised. No thread is left, and
+                ``fit`` can be called again.
+        """
+        self._refuse_while_running("fit")
+        if epochs < 0:
+            raise ValueError(f"epochs must be 0 or more; got {epochs}")
+        if lr_step not in ("epoch", "batch"):
+            raise ValueError(f"lr_step must be 'epoch' or 'batch'; got {lr_step!r}")
+        if not any(module.training for module in self._layers):
+            logger.info("the model was in evaluation mode; fit() puts it in training mode")
+            self._model.train()
+        history = History()
+        batches = Batches(loader, epochs)
+        if epochs:
+            self._balance(batches)
+        step_batch = lr_scheduler.step if lr_scheduler is not None and lr_step == "batch" else None
+        self._fitting = self._running = True
+        try:
+            with self._pipeline() as pipeline:
+                for epoch in range(epochs):
+                    self._running = True
+                    result = self._train_epoch(
+                        pipeline, batches, epoch, history, step_batch, on_batch
+                    )
+                    self._running = False
+                    history.epochs.append(result)
+                    if lr_scheduler is not None and lr_step == "epoch":
+                        lr_scheduler.step()
+                    if on_epoch is not None:
+                        on_epoch(result)
+        finally:
+            self._fitting = self._running = False
+        return history
+
+    def _train_epoch(
+        self,
+        pipeline: Pipeline,
+        batches: Batches,
+        epoch: int,
+        history: History,
+        step_batch: Callable[[], object] | None,
+        on_batch: Callable[[BatchResult], object] | None,
+    ) -> EpochResult:
+        begin = time.perf_counter()
+        average = Average()
+        reported = 0
+
+        def report() -> None:
+            nonlocal reported
+            while reported < len(pipeline.results):
+                loss, samples, correct = pipeline.results[reported]
+                average.add(loss, samples, correct)
+                history.batch_losses.append(loss)
+                if on_batch is not None:
+                    on_batch(BatchResult(reported, epoch, loss, samples, correct))
+                reported += 1
+
+        def entered() -> None:
+            self.optimizer.step()
+            if step_batch is not None:
+                step_batch()
+
+        # closing: should on_batch raise, the pipeline stops before the exception goes on.
+        with closing(pipeline.epoch(epoch, batches.epoch(), entered)) as ticks:
+            for _ in ticks:
+                report()
+        report()
+        averages = average.result()
+        return EpochResult(
+            epoch=epoch,
+            loss=averages.loss,
+            accuracy=averages.accuracy,
+            samples=averages.samples,
+            batches=reported,
+            seconds=time.perf_counter() - begin,
+        )
+
+    @contextmanager
+    def _pipeline(self) -> Iterator[Pipeline]:
+        previous_threads = torch.get_num_threads()
+        pipeline = Pipeline(
+            self._schedule,
+            self._stages,
+            self._loss_fn,
+            self.optimizer,
+            threads=self._threads_per_stage(),
+            stash=self._backward_weights == "stash",
+            delays=self._injected_delays,
+        )
+        try:
+            yield pipeline
+        finally:
+            pipeline.close()
+            # A worker's thread count becomes the default of threads started later.
+            torch.set_num_threads(previous_threads)
+
+    def _threads_per_stage(self) -> int:
+        cores = self._cpu_threads or torch.get_num_threads()
+        return cores if self._schedule.method == "bp" else max(1, cores // self._schedule.stages)
+
+    def _balance(self, batches: Batches) -> None:
+        if self._stages:
+            return
+        first = batches.first()
+        threads = self._threads_per_stage()
+        times = remembered(
+            self._layers,
+            first,
+            threads,
+            lambda: measure(self._layers, first, self._loss_fn, threads=threads),
+        )
+        self._cut(balance(times, len(self._devices)))
+
+    def _cut(self, split: list[int]) -> None:
+        bounds = [0, *split, len(self._layers)]
+        parts = [self._layers[a:b] for a, b in itertools.pairwise(bounds)]
+        check_shared(self._model, parts)
+        stash = self._backward_weights == "stash"
+        stages = [
+            Stage(k, part, self._schedule.slots(k), stash=stash) for k, part in enumerate(parts)
+        ]
+        for lower, upper in itertools.pairwise(stages):
+            lower.above, upper.below = upper, lower
+        self._split, self._stages = split, stages
+        logger.info("stages begin at layers %s", [0, *split])
+
+    # -- inference ------------------------------------------------------------------------------
+
+    def evaluate(self, loader: Loader) -> Evaluation:
+        """Loss and accuracy over ``loader``, averaged over samples, in evaluation mode.
+
+        Changes nothing; works before any training.
+
+        Raises:
+            TypeError, ValueError: as for ``fit``, if the loader gives no (input, target) pairs.
+        """
+        self._refuse_while_running("evaluate")
+        average = Average()
+        with self._inference():
+            for x, y in Batches(loader).epoch():
+                output = self._model(x)
+                loss = float(self._loss_fn(output, y))
+                average.add(loss, len(x), count_correct(output, y))
+        return average.result()
+
+    def predict(self, x: Tensor) -> Tensor:
+        """The model's output for ``x`` in evaluation mode, without gradient.
+
+        Raises:
+            TypeError: ``x`` is no tensor.
+        """
+        self._refuse_while_running("predict")
+        if not isinstance(x, Tensor):
+            raise TypeError(f"predict takes a tensor; got a {type(x).__name__}")
+        with self._inference():
+            output: Tensor = self._model(x)
+        return output
+
+    @contextmanager
+    def _inference(self) -> Iterator[None]:
+        modes = [(module, module.training) for module in self._model.modules()]
+        self._model.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            for module, training in modes:
+                module.training = training
+
+    def _refuse_while_running(self, what: str) -> None:
+        if self._running or (self._fitting and what == "fit"):
+            raise RuntimeError(
+                f"{what} was called while fit is running; use it in on_epoch, when the pipeline is "
+                f"drained, or after fit"
+            )

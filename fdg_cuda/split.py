@@ -1,0 +1,145 @@
+"""Where to cut a chain of layers into stages."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+logger = logging.getLogger("fdg_cuda")
+
+REPEATS = 5
+
+
+def check_split(split: Sequence[int], layers: int, stages: int) -> list[int]:
+    """``split`` as a list, if it can cut ``layers`` layers into ``stages`` stages.
+
+    Raises:
+        ValueError: wrong number of indices, out of order, or out of range.
+    """
+    cuts = [int(index) for index in split]
+    if len(cuts) != stages - 1:
+        raise ValueError(
+            f"split must name the {stages - 1} layers at which stages 1 to {stages - 1} begin (one "
+            f"less than there are devices); got {cuts}"
+        )
+    if any(a >= b for a, b in itertools.pairwise(cuts)):
+        raise ValueError(f"split indices must increase; got {cuts}")
+    if cuts and (cuts[0] < 1 or cuts[-1] >= layers):
+        raise ValueError(
+            f"split indices must lie between 1 and {layers - 1}, since the chain has {layers} "
+            f"layers and every stage needs at least one; got {cuts}"
+        )
+    return cuts
+
+
+def balance(costs: Sequence[float], stages: int) -> list[int]:
+    """The cut of layers with these costs into ``stages`` contiguous parts whose costliest part is
+    as cheap as possible. Exact, by dynamic programming; of equal cuts the earliest.
+
+    Returns:
+        ``stages - 1`` indices at which parts 1, 2, ... begin.
+
+    Raises:
+        ValueError: fewer layers than stages.
+    """
+    n = len(costs)
+    if n < stages:
+        raise ValueError(f"{n} layers cannot be cut into {stages} stages")
+    sums = [0.0]
+    for cost in costs:
+        sums.append(sums[-1] + cost)
+    infinite = float("inf")
+    # best[i]: the smallest possible costliest part of layers 0..i-1 in the parts so far
+    best = [*sums[:1], *[infinite] * n]
+    choices: list[list[int]] = []
+    for _ in range(stages):
+        following = [infinite] * (n + 1)
+        choice = [0] * (n + 1)
+        for end in range(1, n + 1):
+            for begin in range(end):
+                cost = max(best[begin], sums[end] - sums[begin])
+                if best[begin] < infinite and cost < following[end]:
+                    following[end], choice[end] = cost, begin
+        best = following
+        choices.append(choice)
+    cuts: list[int] = []
+    end = n
+    for choice in reversed(choices[1:]):
+        end = choice[end]
+        cuts.append(end)
+    return cuts[::-1]
+
+
+def measure(
+    layers: Sequence[nn.Module],
+    batch: tuple[Tensor, Tensor],
+    loss: Callable[[Tensor, Tensor], Tensor],
+    *,
+    threads: int,
+) -> list[float]:
+    """Seconds each layer takes for forward plus backward on ``batch``; the loss counts to the last.
+
+    Medians over repeated passes. Leaves no trace: buffers, gradients, the global random state and
+    the thread count are as before. ``threads`` is the number of intra-op threads to measure with.
+    """
+    buffers = {id(b): b for layer in layers for b in layer.buffers()}
+    saved = [(b, b.clone()) for b in buffers.values()]
+    gradients = [(p, p.grad) for layer in layers for p in layer.parameters()]
+    previous_threads = torch.get_num_threads()
+    seconds: list[list[float]] = [[] for _ in layers]
+    try:
+        torch.set_num_threads(threads)
+        with torch.random.fork_rng(devices=[]):
+            for _ in range(REPEATS + 1):
+                for times, elapsed in zip(seconds, _one_pass(layers, batch, loss), strict=True):
+                    times.append(elapsed)
+    finally:
+        torch.set_num_threads(previous_threads)
+        with torch.no_grad():
+            for buffer, value in saved:
+                buffer.copy_(value)
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+    # The first pass warms up allocator and kernels.
+    return [statistics.median(times[1:]) for times in seconds]
+
+
+def _one_pass(
+    layers: Sequence[nn.Module],
+    batch: tuple[Tensor, Tensor],
+    loss: Callable[[Tensor, Tensor], Tensor],
+) -> list[float]:
+    x, target = batch
+    # Copies, since a layer may work in place on its input.
+    inputs: list[Tensor] = []
+    outputs: list[Tensor] = []
+    seconds: list[float] = []
+    for number, layer in enumerate(layers):
+        leaf = x.detach()
+        if number > 0 and leaf.is_floating_point():
+            leaf.requires_grad_()
+        value = leaf.clone()
+        begin = time.perf_counter()
+        output = layer(value)
+        if number == len(layers) - 1:
+            output = loss(output, target)
+        seconds.append(time.perf_counter() - begin)
+        inputs.append(leaf)
+        outputs.append(output)
+        x = output
+    error: Tensor | None = None
+    for number in reversed(range(len(layers))):
+        begin = time.perf_counter()
+        if outputs[number].requires_grad and (error is not None or number == len(layers) - 1):
+            torch.autograd.backward([outputs[number]], [error])
+        seconds[number] += time.perf_counter() - begin
+        error = inputs[number].grad
+        for parameter in layers[number].parameters():
+            parameter.grad = None
+    return seconds
