@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "action.h"
+#include "cpu/allocator.h"
 #include "cpu/cpu_stream.h"
 #include "cpu/sgd_update.h"
 #include "flat_parameters.h"
@@ -176,6 +177,10 @@ std::shared_ptr<FlatSgd> make_flat_sgd(const std::string& dtype, int stage,
 PYBIND11_MODULE(_core, m) {
   m.doc() = "The C++ core of fdg_cuda: streams, events, scheduler and fused updates.";
   m.attr("backends") = py::make_tuple("cpu", "trace");
+
+  m.def("keep_freed_memory", &fdg::cpu::keep_freed_memory);
+  m.def("return_freed_memory", &fdg::cpu::return_freed_memory,
+        py::call_guard<py::gil_scoped_release>());
 
   py::class_<fdg::Work, std::shared_ptr<fdg::Work>>(m, "Work");
 

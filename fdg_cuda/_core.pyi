@@ -5,6 +5,12 @@ from typing import final
 
 backends: tuple[str, ...]
 
+def keep_freed_memory() -> None:
+    """Let the C allocator keep freed blocks, in one arena, for the whole process."""
+
+def return_freed_memory() -> None:
+    """Give what the C allocator holds free back to the system."""
+
 class Work:
     """Something native a scheduler can run without Python."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 from itertools import count
 
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fdg_cuda._core import Scheduler
+from fdg_cuda._core import Scheduler, keep_freed_memory, return_freed_memory
 from fdg_cuda.batches import Batch
 from fdg_cuda.errors import NonFiniteLossError
 from fdg_cuda.metrics import count_correct
@@ -60,6 +61,9 @@ class Pipeline:
         self._epoch = 0
         # (loss, samples, correct) of this epoch's batches, in order
         self.results: list[tuple[float, int, int | None]] = []
+        # Before the stages' threads start: a thread keeps the arena it begins with.
+        if os.environ.get("FDG_KEEP_FREED_MEMORY", "1") != "0":
+            keep_freed_memory()
         self._scheduler = Scheduler(
             "cpu",
             [f"stage {stage}" for stage in range(schedule.stages)],
@@ -83,6 +87,7 @@ class Pipeline:
         for stage in self._stages:
             stage.end_fit()
         self._targets.clear()
+        return_freed_memory()
 
     def epoch(
         self, number: int, batches: Iterator[Batch], entered: Callable[[], object]

@@ -1,0 +1,25 @@
+#include "allocator.h"
+
+#include <cstdlib>  // defines __GLIBC__ where there is one
+
+#if defined(__GLIBC__)
+#include <malloc.h>
+
+#include <climits>
+#endif
+
+namespace fdg::cpu {
+
+#if defined(__GLIBC__)
+void keep_freed_memory() {
+  mallopt(M_ARENA_MAX, 1);
+  mallopt(M_MMAP_THRESHOLD, INT_MAX);
+  mallopt(M_TRIM_THRESHOLD, INT_MAX);
+}
+void return_freed_memory() { malloc_trim(0); }
+#else
+void keep_freed_memory() {}
+void return_freed_memory() {}
+#endif
+
+}  // namespace fdg::cpu

@@ -1,0 +1,77 @@
+"""Small chains and data the tests share."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from fdg_cuda import reference
+
+Batch = tuple[Tensor, Tensor]
+FEATURES, CLASSES = 6, 4
+
+
+def mlp(seed: int = 1, *, batch_norm: bool = True, layers: int = 8) -> nn.Sequential:
+    """A float64 chain of ``layers`` children, three of them at least."""
+    torch.manual_seed(seed)
+    width = 12
+    middle: list[nn.Module] = []
+    while len(middle) < layers - 2:
+        middle.append(nn.Linear(width, width))
+        middle.append(nn.BatchNorm1d(width) if batch_norm and len(middle) % 4 == 1 else nn.Tanh())
+    chain = [nn.Linear(FEATURES, width), *middle[: layers - 2], nn.Linear(width, CLASSES)]
+    return nn.Sequential(*chain).double()
+
+
+def batches(count: int = 10, *, size: int = 8, last: int | None = 3, seed: int = 0) -> list[Batch]:
+    """``count`` float64 batches; the last one smaller."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = [size] * count
+    if last is not None:
+        sizes[-1] = last
+    return [
+        (
+            torch.randn(n, FEATURES, generator=generator, dtype=torch.float64),
+            torch.randint(0, CLASSES, (n,), generator=generator),
+        )
+        for n in sizes
+    ]
+
+
+def even_split(layers: int, stages: int) -> list[int]:
+    return [layers * k // stages for k in range(1, stages)]
+
+
+def cut(model: nn.Sequential, split: Sequence[int]) -> list[nn.Sequential]:
+    """Stages of a deep copy of ``model``."""
+    layers = list(copy.deepcopy(model))
+    return [nn.Sequential(*layers[a:b]) for a, b in pairwise([0, *split, len(layers)])]
+
+
+def oracle(
+    model: nn.Sequential, split: Sequence[int], data: Sequence[Batch], **settings: object
+) -> tuple[dict[str, Tensor], reference.ReferenceResult]:
+    """The oracle's trained state_dict, with ``model``'s keys, and what it recorded."""
+    stages = cut(model, split)
+    result = reference.train(stages, data, **settings)  # type: ignore[arg-type]
+    whole = nn.Sequential(*(layer for stage in stages for layer in stage))
+    return whole.state_dict(), result
+
+
+def largest_difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    """Over all entries, relative to each entry's largest magnitude (at least 1e-3)."""
+    assert a.keys() == b.keys()
+    worst = 0.0
+    for key, value in a.items():
+        x, y = value.double(), b[key].double()
+        scale = max(float(y.abs().max()), 1e-3) if y.numel() else 1.0
+        worst = max(worst, float((x - y).abs().max()) / scale if y.numel() else 0.0)
+    return worst
+
+
+def same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)

@@ -1,0 +1,155 @@
+"""The enqueued program is free of races and deadlocks, and every wait in it is necessary."""
+
+from __future__ import annotations
+
+import pytest
+
+from fdg_cuda._core import Operation, OperationKind, Scheduler, check_happens_before
+from fdg_cuda.program import NoWork, Program
+from fdg_cuda.schedule import METHODS, Schedule
+
+KIND_LETTERS = {"F": "A", "B": "E"}  # what a forward (backward) reads was sent by this action
+
+
+def enqueue(method: str, stages: int, batches: int, *, stash: bool = True) -> list[Operation]:
+    """The whole program of two epochs."""
+    schedule = Schedule(method, stages)
+    scheduler = Scheduler("trace", [f"stage {k}" for k in range(stages)])
+    program = Program(schedule, scheduler, [NoWork() for _ in range(stages)], stash=stash)
+    for _ in range(2):
+        for tick in range(batches + schedule.latency):
+            program.submit(tick, batches if tick >= batches else None)
+        scheduler.synchronize()
+    return scheduler.operations()
+
+
+def batches_to_wrap(stages: int) -> int:
+    """Enough for every slot of every stage to be used three times, and an odd number."""
+    return 3 * max(1, 2 * (stages - 1)) + 1
+
+
+@pytest.mark.parametrize("stash", [True, False], ids=["stash", "current"])
+@pytest.mark.parametrize("stages", range(1, 9))
+@pytest.mark.parametrize("method", METHODS)
+def test_every_conflict_is_ordered_and_nothing_deadlocks(
+    method: str, stages: int, stash: bool
+) -> None:
+    for batches in (1, 2, batches_to_wrap(stages)):
+        report = check_happens_before(enqueue(method, stages, batches, stash=stash))
+        assert report.races == []
+        assert report.deadlocks == []
+
+
+@pytest.mark.parametrize("stages", range(2, 9))
+@pytest.mark.parametrize("method", METHODS)
+def test_without_any_single_wait_the_check_fails(method: str, stages: int) -> None:
+    operations = enqueue(method, stages, batches_to_wrap(stages) if stages < 6 else 2 * stages)
+    waits = [i for i, o in enumerate(operations) if o.kind == OperationKind.wait]
+    assert len(waits) > stages
+    for index in waits:
+        report = check_happens_before(operations[:index] + operations[index + 1 :])
+        assert report.races, f"{operations[index]} is not necessary, or the check missed it"
+
+
+@pytest.mark.parametrize("stages", range(2, 6))
+@pytest.mark.parametrize("method", METHODS)
+def test_without_any_single_record_the_check_finds_a_deadlock_or_nobody_waited(
+    method: str, stages: int
+) -> None:
+    operations = enqueue(method, stages, batches_to_wrap(stages))
+    waited = {(o.event, o.ticket) for o in operations if o.kind == OperationKind.wait}
+    for index, o in enumerate(operations):
+        if o.kind == OperationKind.record and (o.event, o.ticket) in waited:
+            assert check_happens_before(operations[:index] + operations[index + 1 :]).deadlocks
+
+
+@pytest.mark.parametrize("stages", range(2, 9))
+@pytest.mark.parametrize("method", METHODS)
+def test_a_stage_reads_its_own_batch_from_its_neighbours(method: str, stages: int) -> None:
+    """Ordered is not enough: what is read must be what the neighbour sent for that very batch."""
+    operations = enqueue(method, stages, batches_to_wrap(stages))
+    report = check_happens_before(operations)
+    runs = [o for o in operations if o.kind == OperationKind.run]
+    checked = 0
+    for run, sources in zip(runs, report.reads_from, strict=True):
+        if run.code not in KIND_LETTERS or not sources:
+            continue
+        senders = [
+            operations[s]
+            for s in sources
+            if s >= 0 and operations[s].code == KIND_LETTERS[run.code]
+        ]
+        needs_mail = run.stage > 0 if run.code == "F" else run.stage < stages - 1
+        assert len(senders) == needs_mail, run
+        for sender in senders:
+            assert sender.batch == run.batch
+            assert sender.stage == run.stage + (-1 if run.code == "F" else 1)
+            assert run.tick - sender.tick == (
+                1 if method == "fdg" or (method == "ddg" and run.code == "B") else 0
+            )
+            checked += 1
+    assert checked > 0
+
+
+@pytest.mark.parametrize("stages", range(1, 9))
+@pytest.mark.parametrize("method", METHODS)
+def test_a_backward_uses_the_weights_of_its_forward_and_an_update_the_newest(
+    method: str, stages: int
+) -> None:
+    operations = enqueue(method, stages, batches_to_wrap(stages))
+    report = check_happens_before(operations)
+    sources = dict(
+        zip(
+            (i for i, o in enumerate(operations) if o.kind == OperationKind.run),
+            report.reads_from,
+            strict=True,
+        )
+    )
+    latest_update: dict[int, int] = {}
+    weights_of: dict[tuple[int, int], int] = {}
+    for index, o in enumerate(operations):
+        if o.kind != OperationKind.run:
+            continue
+        if o.code == "F":
+            weights_of[o.stage, o.batch] = sources[index][0]
+        elif o.code == "B":
+            assert sources[index][0] == weights_of[o.stage, o.batch]
+        elif o.code == "U":
+            newest = latest_update.get(o.stage)
+            if newest is not None and o.batch > 0:
+                assert sources[index][0] == newest
+            latest_update[o.stage] = index
+
+
+def operation(kind: OperationKind, stream: int, **fields: object) -> Operation:
+    made = Operation()
+    made.kind, made.stream = kind, stream
+    for name, value in fields.items():
+        setattr(made, name, value)
+    return made
+
+
+def test_crossing_waits_are_a_deadlock() -> None:
+    run, record, wait = OperationKind.run, OperationKind.record, OperationKind.wait
+    program = [
+        operation(wait, 0, event=1, ticket=1),
+        operation(run, 0, code="F", writes=[0]),
+        operation(record, 0, event=0, ticket=1),
+        operation(wait, 1, event=0, ticket=1),
+        operation(run, 1, code="F", reads=[0]),
+        operation(record, 1, event=1, ticket=1),
+    ]
+    assert len(check_happens_before(program).deadlocks) == 2
+    assert check_happens_before(program[1:]).clean
+
+
+def test_two_streams_writing_one_buffer_race() -> None:
+    run = OperationKind.run
+    program = [
+        operation(run, 0, code="U", stage=0, writes=[3]),
+        operation(run, 1, code="U", stage=1, writes=[3]),
+    ]
+    (race,) = check_happens_before(program).races
+    assert "0U0" in race
+    assert "1U0" in race
+    assert "buffer 3" in race
