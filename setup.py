@@ -85,6 +85,12 @@ class NinjaBuild(build_ext):
                 f"fdg_cuda: compiling the C++ core failed (see above). It needs a C++17 compiler; "
                 f"'{compiler}' was used, set CXX to use another. Exit status {error.returncode}."
             )
+        if (ROOT / ".git").exists():
+            # In a checkout `python -m fdg_cuda` finds the source folder before the installed
+            # package; with the extension beside it that works too.
+            beside = ROOT.resolve() / "fdg_cuda" / output.name
+            if beside != output:
+                shutil.copy2(output, beside)
 
 
 def escape(path: Path) -> str:
