@@ -1,0 +1,159 @@
+"""Puts the measured figures into README.md: python -m benchmarks.tables [--check]
+
+Every figure comes from a file in ``benchmarks/results``; what has no file says "not measured yet".
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+README = Path(__file__).parent.parent / "README.md"
+BEGIN, END = "<!-- figures: begin (python -m benchmarks.tables) -->", "<!-- figures: end -->"
+NOT_MEASURED = "not measured yet"
+
+
+def load(name: str) -> dict[str, Any] | None:
+    file = RESULTS / f"{name}.json"
+    return json.loads(file.read_text()) if file.exists() else None
+
+
+def table(headings: list[str], rows: list[list[str]]) -> list[str]:
+    return [
+        f"| {' | '.join(headings)} |",
+        "|" + "---|" * len(headings),
+        *(f"| {' | '.join(row)} |" for row in rows),
+        "",
+    ]
+
+
+def spread(q: dict[str, float], digits: int = 2) -> str:
+    return f"{q['median']:.{digits}f} ({q['q1']:.{digits}f} to {q['q3']:.{digits}f})"
+
+
+def origin(results: dict[str, Any]) -> list[str]:
+    e = results["environment"]
+    return [
+        f"{e['cpu']}, {e['cores']} cores, torch {e['torch']}, Python {e['python']}, {e['date']}; "
+        f"`{e['command']}`",
+        "",
+    ]
+
+
+def training_step() -> list[str]:
+    results = load("training_step")
+    heading = "**Whole training steps** (medians, quartiles in brackets; ratios within a round)"
+    if results is None:
+        return [heading, "", NOT_MEASURED, ""]
+    s = results["settings"]
+    layout = "channels_last" if s["channels_last"] else "contiguous"
+    seconds = [[name, spread(q)] for name, q in results["seconds_per_step"].items()]
+    ratios = [
+        [f"{r['of']} / {r['to']}", spread(r, 3), f"at most {r['goal']}"] for r in results["ratios"]
+    ]
+    case = f"{s['model']}, batch {s['batch_size']}, 3x32x32, {layout}"
+    return [
+        heading,
+        "",
+        *table([case, "seconds per step"], seconds),
+        *table(["ratio", "measured", "goal"], ratios),
+        *origin(results),
+    ]
+
+
+def micro() -> list[str]:
+    results = load("micro")
+    heading = "**Scheduler and fused update**"
+    if results is None:
+        return [heading, "", NOT_MEASURED, ""]
+    rows = []
+    for benchmark in results["benchmarks"]:
+        p, extra = benchmark["params"], benchmark["extra_info"]
+        if "per_stage_and_tick_us" in extra:
+            kind = (
+                "native" if "NoWork" not in str(p["work"]) or "Python" not in str(p["work"]) else ""
+            )
+            name = f"scheduler, K = {p['stages']}, empty {kind or 'Python'} actions"
+            rows.append([name, f"{extra['per_stage_and_tick_us']:.1f} µs per stage and tick"])
+        if "speed_ratio" in extra:
+            threads = f"{p['threads']} thread{'s' * (p['threads'] > 1)}"
+            name = f"fused update, {p['parameters']} parameters, {threads}, against {p['other']}"
+            rows.append([name, f"{spread(extra['speed_ratio'])} times its speed"])
+    machine = results["machine_info"]
+    return [
+        heading,
+        "",
+        *table(["case", "measured"], rows),
+        f"{machine['cpu']['brand_raw']}, {machine['cpu']['count']} cores, "
+        f"Python {machine['python_version']}, torch {machine['torch']}; "
+        f"`pytest benchmarks --benchmark-json benchmarks/results/micro.json`",
+        "",
+    ]
+
+
+def learning() -> list[str]:
+    results = load("learning")
+    heading = "**Learning**"
+    if results is None:
+        return [heading, "", NOT_MEASURED, ""]
+    s = results["settings"]
+    rows = [
+        [
+            f"`{method}`" + (", K = 2" if method != "bp" else ""),
+            *(f"{100 * epoch['test_accuracy']:.2f} %" for epoch in run["epochs"]),
+        ]
+        for method, run in results["runs"].items()
+    ]
+    epochs = [f"epoch {number + 1}" for number in range(s["epochs"])]
+    case = f"{s['data']}, {s['model']}, seed {s['seed']}: test accuracy"
+    return [heading, "", *table([case, *epochs], rows), *origin(results)]
+
+
+def memory() -> list[str]:
+    results = load("memory")
+    heading = "**Memory per stage**"
+    if results is None:
+        return [heading, "", NOT_MEASURED, ""]
+    s = results["settings"]
+    rows = [
+        [
+            mode,
+            str(row["stage"]),
+            str(row["delay"]),
+            f"{row['weight_copies']} ({row['weight_bytes'] / 1e6:.2f} MB)",
+            f"{row['batches']} ({row['activation_bytes'] / 1e6:.0f} MB)",
+        ]
+        for mode, stages in results["rows"].items()
+        for row in stages
+    ]
+    headings = ["mode", "stage", "D_k", "weight copies", "batches' activations"]
+    case = f"{s['model']}, batch {s['batch_size']}, K = {s['stages']}, 3x32x32"
+    return [f"{heading}: {case}", "", *table(headings, rows), *origin(results)]
+
+
+def gpu() -> list[str]:
+    return ["**GPU**: " + NOT_MEASURED + " (the CUDA backend is not built yet).", ""]
+
+
+def generated() -> str:
+    lines = [*training_step(), *micro(), *learning(), *memory(), *gpu()]
+    return "\n".join([BEGIN, "", *lines, END])
+
+
+def main() -> None:
+    text = README.read_text()
+    before, rest = text.split(BEGIN)
+    _, after = rest.split(END)
+    new = before + generated() + after
+    if "--check" in sys.argv[1:]:
+        if new != text:
+            sys.exit("README.md does not show benchmarks/results: python -m benchmarks.tables")
+    else:
+        README.write_text(new)
+
+
+if __name__ == "__main__":
+    main()

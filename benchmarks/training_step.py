@@ -1,0 +1,249 @@
+"""Whole training steps, side by side: BP in plain torch against ``fdg`` on CPU devices.
+
+    python -m benchmarks.training_step [--model resnet56] [--batch-size 128] [--rounds 8]
+
+Every case lives in a process of its own, warm, and they take turns step by step, so that a slow
+moment of the machine meets all of them. Ratios are taken within a round. ``fdg`` is timed in the
+steady state: from one batch's loss to the next, with every stage at work on one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing as mp
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from benchmarks.harness import quartiles, write
+from fdg_cuda import FDGRunner, models
+from fdg_cuda._core import Work
+from fdg_cuda.schedule import Action
+from fdg_cuda.stage import Stage
+
+STEPS = 3  # timed steps per round and case
+HYPER = {"lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4}
+
+Steps = Callable[[], list[float]]
+
+
+def make(settings: argparse.Namespace) -> tuple[nn.Sequential, tuple[Tensor, Tensor]]:
+    torch.manual_seed(0)
+    model = models.build(settings.model)
+    x = torch.randn(settings.batch_size, 3, 32, 32)
+    if settings.channels_last:
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        x = x.contiguous(memory_format=torch.channels_last)
+    return model, (x, torch.randint(0, 10, (settings.batch_size,)))
+
+
+def bp(settings: argparse.Namespace, threads: int) -> Steps:
+    """Plain torch: forward, backward, ``torch.optim.SGD``."""
+    torch.set_num_threads(threads)
+    model, (x, y) = make(settings)
+    optimizer = torch.optim.SGD(model.parameters(), **HYPER)
+
+    def steps() -> list[float]:
+        seconds = []
+        for _ in range(STEPS):
+            begin = time.perf_counter()
+            optimizer.zero_grad()
+            torch.autograd.backward(F.cross_entropy(model(x), y))
+            optimizer.step()
+            seconds.append(time.perf_counter() - begin)
+        return seconds
+
+    return steps
+
+
+def split_of(settings: argparse.Namespace) -> list[int] | None:
+    return [int(index) for index in settings.split.split(",")] if settings.split else None
+
+
+def runner_of(
+    settings: argparse.Namespace, stages: int, *, method: str = "fdg", threads: int | None = None
+) -> FDGRunner:
+    model, _ = make(settings)
+    return FDGRunner(
+        model,
+        ["cpu"] * stages,
+        method=method,
+        split=split_of(settings),
+        cpu_threads=threads or stages,
+        **HYPER,
+    )
+
+
+def fdg(settings: argparse.Namespace, stages: int) -> Steps:
+    """The runner, one core per stage."""
+    runner = runner_of(settings, stages)
+    _, batch = make(settings)
+    latency = runner.schedule.latency
+
+    def steps() -> list[float]:
+        done: list[float] = []
+        runner.fit(
+            [batch] * (2 * latency + STEPS), on_batch=lambda _: done.append(time.perf_counter())
+        )
+        # Batch b's loss is known at tick b+K-1. Stages are all at work from the tick in which stage
+        # 0 first has a backward until the last in which it has a forward.
+        first = latency - (stages - 1)
+        return [b - a for a, b in zip(done[first:], done[first + 1 :], strict=False)][:STEPS]
+
+    return steps
+
+
+def stages_alone(settings: argparse.Namespace, stages: int) -> Steps:
+    """The slowest stage's forward, backward and update on one core, with no other stage at work.
+
+    In ``bp`` the stages take turns, so timing their actions there times each of them alone.
+    """
+    runner = runner_of(settings, stages, method="bp", threads=1)
+    _, batch = make(settings)
+    spent: dict[int, dict[int, float]] = {stage: {} for stage in range(stages)}
+    runner.fit([batch])
+    for stage in runner.stages:
+        time_actions(stage, spent[stage.index])
+
+    def steps() -> list[float]:
+        runner.fit([batch] * (STEPS + 1))
+        slowest = max(spent, key=lambda stage: sum(list(spent[stage].values())[1:]))
+        seconds = [spent[slowest][number] for number in range(1, STEPS + 1)]
+        for times in spent.values():
+            times.clear()
+        return seconds
+
+    return steps
+
+
+def time_actions(stage: Stage, spent: dict[int, float]) -> None:
+    """Add to ``spent[batch]`` the seconds of every action of ``stage``."""
+    plain = stage.work
+
+    def work(action: Action) -> Callable[[int], None]:
+        inner = plain(action)
+        if isinstance(inner, Work):
+            update = stage._native().run_update
+            inner = partial(update, 0, 0)
+
+        def timed(batch: int) -> None:
+            begin = time.perf_counter()
+            if inner is not None:
+                inner(batch)
+            spent[batch] = spent.get(batch, 0.0) + time.perf_counter() - begin
+
+        return timed
+
+    stage.work = work  # type: ignore[method-assign]
+
+
+CASES: dict[str, Callable[[argparse.Namespace], Steps]] = {
+    "bp, 1 core": lambda settings: bp(settings, 1),
+    "bp, 2 cores": lambda settings: bp(settings, 2),
+    "fdg K=2, 1 core each": lambda settings: fdg(settings, 2),
+    "slowest stage alone, 1 core": lambda settings: stages_alone(settings, 2),
+}
+RATIOS = [
+    ("fdg K=2, 1 core each", "bp, 1 core", 0.52),
+    ("fdg K=2, 1 core each", "bp, 2 cores", 0.92),
+    ("fdg K=2, 1 core each", "slowest stage alone, 1 core", 1.03),
+]
+
+
+def serve(name: str, settings: argparse.Namespace, pipe: Connection) -> None:
+    steps = CASES[name](settings)
+    steps()
+    pipe.send("ready")
+    while pipe.recv():
+        pipe.send(steps())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--model", default="resnet56", choices=models.names())
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--split", default="", help="where stage 1 begins; default: measured")
+    parser.add_argument("--channels-last", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--name", default="training_step", help="of the result file")
+    settings = parser.parse_args()
+    console = Console()
+    if not settings.split:
+        settings.split = str(measured_split(settings)[0])
+    context = mp.get_context("spawn")
+    workers = {}
+    for name in CASES:
+        here, there = context.Pipe()
+        process = context.Process(target=serve, args=(name, settings, there), daemon=True)
+        process.start()
+        here.recv()  # one after the other: warm-ups must not disturb each other
+        workers[name] = (process, here)
+    rounds: list[dict[str, float]] = []
+    for _ in track(range(settings.rounds), "rounds", console=console):
+        seconds = {}
+        for name, (_, pipe) in workers.items():
+            pipe.send(True)
+            seconds[name] = statistics.median(pipe.recv())
+        rounds.append(seconds)
+    for process, pipe in workers.values():
+        pipe.send(False)
+        process.join()
+
+    cases = {name: quartiles([r[name] for r in rounds]) for name in CASES}
+    ratios = [
+        {"of": a, "to": b, "goal": goal, **quartiles([r[a] / r[b] for r in rounds])}
+        for a, b, goal in RATIOS
+    ]
+    file = write(
+        settings.name,
+        {"settings": vars(settings), "seconds_per_step": cases, "ratios": ratios},
+    )
+    show(console, settings, cases, ratios)
+    console.print(f"written to {file}")
+
+
+def measured_split(settings: argparse.Namespace) -> list[int]:
+    runner = runner_of(settings, 2)
+    _, batch = make(settings)
+    runner.fit([batch])
+    assert runner.split is not None
+    return runner.split
+
+
+def show(
+    console: Console,
+    settings: argparse.Namespace,
+    cases: dict[str, dict[str, float]],
+    ratios: list[dict[str, Any]],
+) -> None:
+    table = Table(title=f"{settings.model}, batch {settings.batch_size}: seconds per step")
+    for heading in ("case", "median", "quartiles"):
+        table.add_column(heading)
+    for name, q in cases.items():
+        table.add_row(name, f"{q['median']:.3f}", f"{q['q1']:.3f} to {q['q3']:.3f}")
+    console.print(table)
+    table = Table(title="ratios, within a round")
+    for heading in ("ratio", "median", "quartiles", "goal"):
+        table.add_column(heading)
+    for r in ratios:
+        table.add_row(
+            f"{r['of']} / {r['to']}",
+            f"{r['median']:.3f}",
+            f"{r['q1']:.3f} to {r['q3']:.3f}",
+            f"at most {r['goal']}",
+        )
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()
