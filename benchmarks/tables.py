@@ -73,10 +73,8 @@ def micro() -> list[str]:
     for benchmark in results["benchmarks"]:
         p, extra = benchmark["params"], benchmark["extra_info"]
         if "per_stage_and_tick_us" in extra:
-            kind = (
-                "native" if "NoWork" not in str(p["work"]) or "Python" not in str(p["work"]) else ""
-            )
-            name = f"scheduler, K = {p['stages']}, empty {kind or 'Python'} actions"
+            kind = "native" if "[native" in benchmark["name"] else "Python"
+            name = f"scheduler, K = {p['stages']}, empty {kind} actions"
             rows.append([name, f"{extra['per_stage_and_tick_us']:.1f} µs per stage and tick"])
         if "speed_ratio" in extra:
             threads = f"{p['threads']} thread{'s' * (p['threads'] > 1)}"
