@@ -19,7 +19,7 @@ Two halves per inbox let a stage send while its neighbour still works on what wa
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import lcm
 from typing import Protocol
 
@@ -57,7 +57,7 @@ class Program:
         self,
         schedule: Schedule,
         scheduler: Scheduler,
-        stages: list[StageWorks] | list[NoWork],
+        stages: Sequence[StageWorks],
         *,
         stash: bool = True,
     ) -> None:

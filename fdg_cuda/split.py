@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import statistics
 import time
 from collections.abc import Callable, Sequence
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 logger = logging.getLogger("fdg_cuda")
 
-REPEATS = 5
+REPEATS = 7
 
 
 def check_split(split: Sequence[int], layers: int, stages: int) -> list[int]:
@@ -85,7 +84,7 @@ def measure(
 ) -> list[float]:
     """Seconds each layer takes for forward plus backward on ``batch``; the loss counts to the last.
 
-    Medians over repeated passes. Leaves no trace: buffers, gradients, the global random state and
+    The smallest of repeated passes, since whatever else the machine does only adds. Leaves no trace: buffers, gradients, the global random state and
     the thread count are as before. ``threads`` is the number of intra-op threads to measure with.
     """
     buffers = {id(b): b for layer in layers for b in layer.buffers()}
@@ -107,7 +106,7 @@ def measure(
         for parameter, gradient in gradients:
             parameter.grad = gradient
     # The first pass warms up allocator and kernels.
-    return [statistics.median(times[1:]) for times in seconds]
+    return [min(times[1:]) for times in seconds]
 
 
 def _one_pass(

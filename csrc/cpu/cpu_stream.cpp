@@ -56,7 +56,7 @@ void CpuEvent::wait(uint64_t ticket, bool spin) {
 bool CpuEvent::wait_host(std::chrono::milliseconds timeout) {
   const uint64_t ticket = recorded_;
   const auto ready = [&] { return completed_.load() >= ticket; };
-  if (ready()) return true;
+  if (look(false, ready)) return true;
   std::unique_lock<std::mutex> lock(mutex_);
   ++sleepers_;
   const bool done = changed_.wait_for(lock, timeout, ready);

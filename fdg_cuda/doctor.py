@@ -1,0 +1,176 @@
+"""The doctor command: what is installed, which devices can be used, and whether training works."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import importlib.metadata
+import platform
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from fdg_cuda import __version__
+from fdg_cuda.settings import cores
+
+# In float64 a wrong delay, weight version or factor shows far above this, and the order in which
+# the runner and the oracle add far below.
+TOLERANCE = 1e-9
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report. ``state`` is ``"ok"``, ``"no"`` (something one can do without) or
+    ``"FAIL"`` (training is not possible)."""
+
+    state: str
+    subject: str
+    text: str
+
+
+def examine(console: Console | None = None) -> bool:
+    """Print the report; whether this installation can train."""
+    console = console or Console(highlight=False, markup=False)
+    findings = list(_findings())
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    styles = {"ok": "green", "no": "yellow", "FAIL": "bold red"}
+    for finding in findings:
+        state = Text(finding.state, style=styles[finding.state])
+        table.add_row(state, finding.subject, Text(finding.text))
+    console.print(table)
+    usable = all(finding.state != "FAIL" for finding in findings)
+    console.print("OK: fdg_cuda can be used" if usable else "fdg_cuda cannot be used as it is")
+    return usable
+
+
+def _findings() -> Iterator[Finding]:
+    yield Finding("ok", "fdg_cuda", __version__)
+    yield Finding("ok", "python", f"{platform.python_version()}, {platform.platform()}")
+    yield _package("torch", "FAIL", "training needs it: pip install torch")
+    yield _package("torchvision", "no", "fashion-mnist and CIFAR cannot be downloaded")
+    yield _package("sklearn", "no", "the digits are inside it: pip install scikit-learn")
+    yield _guarded("extension", _extension)
+    yield Finding("ok", "cores", f"{cores()}, CPU stages share them")
+    try:
+        yield from _devices()
+    except Exception as error:
+        yield Finding("FAIL", "devices", _words(error))
+    yield _guarded("self-test", _self_test)
+
+
+def _guarded(subject: str, examine: Callable[[], str]) -> Finding:
+    # Whatever is wrong belongs in the report, and what follows is still worth knowing.
+    try:
+        return Finding("ok", subject, examine())
+    except Exception as error:
+        return Finding("FAIL", subject, _words(error))
+
+
+def _words(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def _package(module: str, if_missing: str, why: str) -> Finding:
+    try:
+        version = importlib.import_module(module).__version__
+    except Exception as error:  # a torchvision made for another torch raises RuntimeError
+        return Finding(if_missing, module, f"{why} ({_words(error)})")
+    return Finding("ok", module, str(version))
+
+
+def _extension() -> str:
+    try:
+        from fdg_cuda import _core
+    except ImportError as error:
+        raise ImportError(
+            f"the C++ extension cannot be imported ({error}); build it with `pip install .` in the "
+            f"source folder"
+        ) from error
+    return f"backends {', '.join(_core.backends)}"
+
+
+def _devices() -> Iterator[Finding]:
+    import torch
+
+    from fdg_cuda.devices import parse_devices
+
+    parse_devices(["cpu"])
+    yield Finding("ok", "device cpu", f"{torch.get_num_threads()} threads by default")
+    count = torch.cuda.device_count()
+    if not count:
+        yield Finding("no", "device cuda", _why_no_cuda())
+    for ordinal in range(count):
+        name = torch.cuda.get_device_name(ordinal)
+        try:
+            parse_devices([ordinal])
+        except (ValueError, RuntimeError) as error:
+            yield Finding("no", f"device {ordinal}", f"{name}: {error}")
+        else:
+            yield Finding("ok", f"device {ordinal}", name)
+
+
+def _why_no_cuda() -> str:
+    import torch
+
+    from fdg_cuda import _core
+
+    reasons = []
+    if torch.version.cuda is None:
+        reasons.append("this torch was built without CUDA")
+    else:
+        reasons.append(
+            f"torch (CUDA {torch.version.cuda}) sees no device: no NVIDIA driver or none that is "
+            f"recent enough, or CUDA_VISIBLE_DEVICES hides them (nvidia-smi tells)"
+        )
+    if "cuda" not in _core.backends:
+        reasons.append("this build of fdg_cuda has no CUDA backend yet")
+    return "; ".join(reasons)
+
+
+def _self_test() -> str:
+    """Train a few batches on two CPU stages and compare with the oracle.
+
+    Raises:
+        ArithmeticError: the weights or losses differ.
+    """
+    import torch
+    from torch import nn
+
+    from fdg_cuda import reference
+    from fdg_cuda.runner import FDGRunner
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 3)
+        ).double()
+        batches = [
+            (torch.randn(8, 6, dtype=torch.float64), torch.randint(3, (8,))) for _ in range(6)
+        ]
+    expected = copy.deepcopy(model)
+    result = reference.train([expected[:3], expected[3:]], batches, epochs=2)
+    begin = time.perf_counter()
+    history = FDGRunner(model, ["cpu", "cpu"], split=[3]).fit(batches, epochs=2)
+    seconds = time.perf_counter() - begin
+    difference = max(
+        float((a - b).detach().abs().max())
+        for a, b in zip(model.parameters(), expected.parameters(), strict=True)
+    )
+    losses = zip(history.batch_losses, result.losses, strict=True)
+    difference = max(difference, *(abs(a - b) for a, b in losses))
+    if not difference <= TOLERANCE:
+        raise ArithmeticError(
+            f"training on two CPU stages is {difference:.2g} away from the reference (at most "
+            f"{TOLERANCE:g} is allowed); rebuild the extension, and report this if it stays"
+        )
+    return (
+        f"OK: {len(result.losses)} batches on cpu,cpu in {seconds:.2f} s, within {difference:.1g} "
+        f"of the reference"
+    )

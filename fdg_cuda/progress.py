@@ -1,0 +1,140 @@
+"""How far a training run is: a live bar on a terminal, one plain line per epoch elsewhere."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from fdg_cuda.metrics import Average, BatchResult
+from fdg_cuda.report import EpochRow, percent
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+FILE_WIDTH = 200  # columns when the output goes to a file or a pipe, where nothing should wrap
+
+
+def make_console() -> Console:
+    """A console on stdout."""
+    console = Console(highlight=False, markup=False)
+    if console.is_terminal:
+        return console
+    return Console(highlight=False, markup=False, width=FILE_WIDTH)
+
+
+class PlainProgress:
+    """One line per finished epoch.
+
+    Args:
+        console: where to write.
+        epochs: how many there will be.
+        batches: per epoch.
+    """
+
+    def __init__(self, console: Console, epochs: int, batches: int) -> None:
+        self._console = console
+        self._epochs = epochs
+        self._batches = batches
+        self._begin = time.perf_counter()
+
+    def __enter__(self) -> PlainProgress:
+        self._begin = time.perf_counter()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        pass
+
+    def batch(self, result: BatchResult) -> None:
+        """A batch was trained."""
+
+    def epoch(self, row: EpochRow) -> None:
+        """An epoch was trained and tested."""
+        left = (time.perf_counter() - self._begin) / row.epoch * (self._epochs - row.epoch)
+        speed = f"{row.samples_per_second:,.0f} samples/s"
+        self._console.print(f"{self._line(row)}  {speed}  {_clock(left)} left")
+
+    def _line(self, row: EpochRow) -> str:
+        width = len(str(self._epochs))
+        return (
+            f"epoch {row.epoch:{width}}/{self._epochs}  lr {row.lr:<6.3g}  "
+            f"train loss {row.train_loss:.4f} {percent(row.train_accuracy):>7}  "
+            f"test loss {row.test_loss:.4f} {percent(row.test_accuracy):>7}"
+        )
+
+
+class LiveProgress(PlainProgress):
+    """A line per finished epoch, and under them a bar with the epoch at work."""
+
+    def __init__(self, console: Console, epochs: int, batches: int) -> None:
+        super().__init__(console, epochs, batches)
+        self._average = Average()
+        self._epoch_begin = time.perf_counter()
+        self._bar = _bar(console)
+        self._task = self._bar.add_task("", total=epochs * batches, status=self._status(1))
+
+    def __enter__(self) -> LiveProgress:
+        super().__enter__()
+        self._bar.start()
+        self._epoch_begin = time.perf_counter()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._bar.stop()
+
+    def batch(self, result: BatchResult) -> None:
+        self._average.add(result.loss, result.samples, result.correct)
+        self._bar.update(self._task, advance=1, status=self._status(result.epoch + 1))
+
+    def epoch(self, row: EpochRow) -> None:
+        self._bar.console.print(self._line(row))
+        self._average = Average()
+        self._epoch_begin = time.perf_counter()
+
+    def _status(self, epoch: int) -> str:
+        status = f"epoch {epoch}/{self._epochs}"
+        if self._average.samples:
+            sofar = self._average.result()
+            speed = sofar.samples / (time.perf_counter() - self._epoch_begin)
+            status += (
+                f"  loss {sofar.loss:.4f}  acc {percent(sofar.accuracy)}  {speed:,.0f} samples/s"
+            )
+        return status
+
+
+def make_progress(console: Console, epochs: int, batches: int) -> PlainProgress:
+    """The progress that suits ``console``."""
+    kind = LiveProgress if console.is_terminal else PlainProgress
+    return kind(console, epochs, batches)
+
+
+def _bar(console: Console) -> Progress:
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    return Progress(
+        TextColumn("{task.fields[status]}", markup=False),
+        BarColumn(bar_width=None),
+        TimeRemainingColumn(),
+        TextColumn("left"),
+        console=console,
+        refresh_per_second=4,  # the stages need the cores
+        transient=True,
+    )
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,0 +1,258 @@
+"""The training command: a model and a data set by name, trained, tested each epoch, and written."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from fdg_cuda import __version__, data, models
+from fdg_cuda.devices import parse_devices
+from fdg_cuda.errors import NonFiniteLossError
+from fdg_cuda.metrics import EpochResult
+from fdg_cuda.progress import make_progress
+from fdg_cuda.report import (
+    EpochRow,
+    best_epoch,
+    draw_curves,
+    percent,
+    write_metrics,
+    write_settings,
+)
+from fdg_cuda.runner import FDGRunner
+from fdg_cuda.settings import Settings
+from fdg_cuda.weights import finite, save_weights
+
+WARMUP_START = 0.1  # share of the learning rate with which the first batch is trained
+TEST_BATCH_SIZE = 512
+
+
+def lr_factor(settings: Settings, batches: int) -> Callable[[int], float]:
+    """The learning rate's factor as a function of the batch's number over the whole run.
+
+    It grows linearly, batch by batch, from WARMUP_START to 1 over the warm-up epochs, and is
+    divided by ``lr_decay`` when an epoch of ``milestones`` has been trained. ``batches`` is the
+    number of batches per epoch.
+    """
+    warmup = (settings.warmup_epochs or 0) * batches
+
+    def factor(batch: int) -> float:
+        passed = sum(batch >= milestone * batches for milestone in settings.milestones or ())
+        warm = WARMUP_START + (1 - WARMUP_START) * batch / warmup if batch < warmup else 1.0
+        return warm / settings.lr_decay**passed
+
+    return factor
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended.
+
+    Attributes:
+        status: ``"finished"``, ``"interrupted"`` (Ctrl-C) or ``"diverged"``.
+        rows: one per finished epoch.
+        seconds: from the first batch to the last epoch's test.
+        files: what was written, in ``settings.out``.
+        settings: with the split that was used.
+        message: why a run diverged.
+    """
+
+    status: str
+    rows: list[EpochRow]
+    seconds: float
+    files: list[str]
+    settings: Settings
+    message: str = ""
+
+
+class Training:
+    """A run made ready: data loaded, model built, folder made.
+
+    Raises:
+        ValueError, TypeError, ImportError, OSError, RuntimeError: settings that cannot work here;
+            the message says what would.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        settings = settings.completed(threads=torch.get_num_threads())
+        devices, threads = settings.devices or (), settings.threads or 1
+        parse_devices(devices)  # before the data, which may take long to load
+        spec = data.load(settings.data, settings.data_root, download=settings.download)
+        torch.set_num_threads(threads)
+        torch.manual_seed(settings.seed)
+        self.model = models.build(
+            settings.model,
+            in_channels=spec.in_channels,
+            num_classes=spec.num_classes,
+            image_size=spec.image_size,
+        )
+        if settings.channels_last is None:
+            convolutional = any(isinstance(module, nn.Conv2d) for module in self.model.modules())
+            settings = replace(settings, channels_last=convolutional)
+        if settings.channels_last:
+            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._train = data.BatchLoader(
+            spec.train,
+            settings.batch_size,
+            shuffle=True,
+            seed=settings.seed,
+            channels_last=bool(settings.channels_last),
+        )
+        self._test = data.BatchLoader(
+            spec.test, TEST_BATCH_SIZE, channels_last=bool(settings.channels_last)
+        )
+        self.runner = FDGRunner(
+            self.model,
+            devices,
+            method=settings.method,
+            split=settings.split,
+            lr=settings.lr,
+            momentum=settings.momentum,
+            weight_decay=settings.weight_decay,
+            nesterov=settings.nesterov,
+            beta=settings.beta,
+            backward_weights=settings.backward_weights,
+            cpu_threads=threads,
+        )
+        self._factor = lr_factor(settings, len(self._train))
+        self._metadata = {
+            "model": settings.model,
+            "data": settings.data,
+            "seed": str(settings.seed),
+            "version": __version__,
+            "in_channels": str(spec.in_channels),
+            "num_classes": str(spec.num_classes),
+            "image_size": str(spec.image_size),
+        }
+        self._settings = settings
+        self._rows: list[EpochRow] = []
+        self._files: list[str] = []
+        self.out = Path(str(settings.out))
+        if self.out.exists() and not self.out.is_dir():
+            raise ValueError(f"--out {self.out} is a file; name a folder, which may exist or not")
+        self.out.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def settings(self) -> Settings:
+        """The settings with every default filled in, and the split once it is known."""
+        split = self.runner.split
+        return self._settings if split is None else replace(self._settings, split=tuple(split))
+
+    def run(self, console: Console) -> Outcome:
+        """Train to the end, or until Ctrl-C or a loss that is not finite, and write the files.
+
+        metrics.csv, settings.json and weights.safetensors are written after every epoch,
+        curves.png at the end.
+
+        Raises:
+            OSError: a file cannot be written.
+        """
+        settings = self._settings
+        scheduler = torch.optim.lr_scheduler.LambdaLR(self.runner.optimizer, self._factor)
+        progress = make_progress(console, settings.epochs, len(self._train))
+
+        def on_epoch(result: EpochResult) -> None:
+            self._rows.append(self._row(result))
+            self._save()
+            progress.epoch(self._rows[-1])
+
+        status, message = "finished", ""
+        begin = time.perf_counter()
+        try:
+            with progress:
+                self.runner.fit(
+                    self._train,
+                    settings.epochs,
+                    lr_scheduler=scheduler,
+                    lr_step="batch",
+                    on_batch=progress.batch,
+                    on_epoch=on_epoch,
+                )
+        except KeyboardInterrupt:
+            status = "interrupted"
+        except NonFiniteLossError as error:
+            status, message = "diverged", str(error)
+        seconds = time.perf_counter() - begin
+        self._save()
+        draw_curves(self._file("curves.png"), self._rows, self._title())
+        return Outcome(status, self._rows, seconds, self._files, self.settings, message)
+
+    def summary(self, outcome: Outcome) -> dict[str, str]:
+        """What was trained and how it went, as short texts."""
+        settings, rows = outcome.settings, outcome.rows
+        parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        cuts = settings.split
+        lines = {
+            "model": f"{settings.model}, {parameters:,} parameters in {len(self.model)} layers",
+            "data": f"{settings.data}, {len(self._train.dataset):,} training and "
+            f"{len(self._test.dataset):,} test images",
+            "stages": f"{len(settings.devices or ())} on {','.join(map(str, settings.devices or ()))}",
+        }
+        if cuts:
+            lines["stages"] += f", cut at layer {', '.join(map(str, cuts))}"
+        lines["method"] = settings.method
+        if settings.method != "bp":
+            lines["method"] += f", beta {settings.beta:g}, {settings.backward_weights} weights"
+        best = best_epoch(rows)
+        if best is not None:
+            lines["test accuracy"] = (
+                f"{percent(rows[-1].test_accuracy)} (best {percent(best.test_accuracy)}, epoch "
+                f"{best.epoch})"
+            )
+            speed = len(self._train.dataset) * len(rows) / sum(row.seconds for row in rows)
+            lines["speed"] = f"{speed:,.0f} samples/s in training"
+        lines["time"] = f"{outcome.seconds:.1f} s"
+        lines["written"] = f"{', '.join(outcome.files)} in {self.out}"
+        return lines
+
+    def _row(self, result: EpochResult) -> EpochRow:
+        test = self.runner.evaluate(self._test)
+        last_batch = (result.epoch + 1) * len(self._train) - 1
+        return EpochRow(
+            epoch=result.epoch + 1,
+            lr=self._settings.lr * self._factor(last_batch),
+            train_loss=result.loss,
+            train_accuracy=result.accuracy,
+            test_loss=test.loss,
+            test_accuracy=test.accuracy,
+            seconds=result.seconds,
+            samples_per_second=result.samples / result.seconds,
+        )
+
+    def _save(self) -> None:
+        weights = self.runner.state_dict()
+        # An epoch's last update may overflow; the weights of the epoch before are worth more.
+        if finite(weights):
+            save_weights(self._file("weights.safetensors"), weights, self._metadata)
+        write_metrics(self._file("metrics.csv"), self._rows)
+        write_settings(self._file("settings.json"), self._record())
+
+    def _file(self, name: str) -> Path:
+        if name not in self._files:
+            self._files.append(name)
+        return self.out / name
+
+    def _record(self) -> dict[str, Any]:
+        return {
+            "command": self.settings.command(),
+            "settings": asdict(self.settings),
+            "layers": len(self.model),
+            "versions": {
+                "fdg_cuda": __version__,
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+            },
+        }
+
+    def _title(self) -> str:
+        settings = self.settings
+        stages = len(settings.devices or ())
+        plural = "s" if stages != 1 else ""
+        return f"{settings.model} on {settings.data}, {settings.method} in {stages} stage{plural}"
