@@ -12,6 +12,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from torch import nn
 from fdg_cuda import models
 from fdg_cuda.flat import FlatMemory
 
-HYPER = {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}
+HYPER: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}
 MILLIONS = 36_500_000
 
 
@@ -62,7 +63,11 @@ def torch_sgd(parameters: list[nn.Parameter], threads: int, **kind: bool) -> Cal
     optimizer = torch.optim.SGD(parameters, **HYPER, **kind)
     for parameter in parameters:
         parameter.grad = torch.randn_like(parameter)
-    return optimizer.step  # type: ignore[return-value]
+
+    def step() -> None:
+        optimizer.step()
+
+    return step
 
 
 CASES: dict[str, Callable[[list[nn.Parameter], int], Callable[[], None]]] = {

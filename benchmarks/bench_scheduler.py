@@ -42,6 +42,7 @@ def test_empty_actions(benchmark: BenchmarkFixture, stages: int, work: type[NoWo
 
     benchmark.pedantic(epoch, rounds=7, warmup_rounds=1)
     scheduler.close()
+    assert benchmark.stats is not None
     per_tick = benchmark.stats.stats.median / (ticks + schedule.latency)
     benchmark.extra_info["per_stage_and_tick_us"] = round(1e6 * per_tick / stages, 3)
     print(f"  {benchmark.extra_info['per_stage_and_tick_us']} us per stage and tick")

@@ -53,9 +53,9 @@ def command() -> str:
 
 def quartiles(values: Sequence[float]) -> dict[str, float]:
     """Median, lower and upper quartile and the number of values."""
-    low, middle, high = (
-        statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
-    )
+    if len(values) == 1:
+        return {"median": values[0], "q1": values[0], "q3": values[0], "n": 1}
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
     return {"median": middle, "q1": low, "q3": high, "n": len(values)}
 
 

@@ -32,7 +32,7 @@ from fdg_cuda.schedule import Action
 from fdg_cuda.stage import Stage
 
 STEPS = 3  # timed steps per round and case
-HYPER = {"lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4}
+HYPER: dict[str, Any] = {"lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4}
 
 Steps = Callable[[], list[float]]
 

@@ -43,8 +43,8 @@ def _parse(device: Device) -> torch.device:
         if (parsed.index is not None and not 0 <= parsed.index < max(count, 1)) or count == 0:
             have = f"this machine has {count} CUDA devices" if count else "there is none here"
             raise ValueError(
-                f"device {device!r} asks for a CUDA device, but {have}. Use 'cpu' for stages on the "
-                f"processor: devices=['cpu', 'cpu']"
+                f"device {device!r} asks for a CUDA device, but {have}. Name 'cpu' once per stage for "
+                f"stages on the processor"
             )
         raise ValueError(
             f"device {device!r}: this build of fdg_cuda has no CUDA backend yet; use 'cpu'"

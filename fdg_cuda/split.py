@@ -84,8 +84,9 @@ def measure(
 ) -> list[float]:
     """Seconds each layer takes for forward plus backward on ``batch``; the loss counts to the last.
 
-    The smallest of repeated passes, since whatever else the machine does only adds. Leaves no trace: buffers, gradients, the global random state and
-    the thread count are as before. ``threads`` is the number of intra-op threads to measure with.
+    The smallest of repeated passes, since whatever else the machine does only adds. Leaves no
+    trace: buffers, gradients, the global random state and the thread count are as before.
+    ``threads`` is the number of intra-op threads to measure with.
     """
     buffers = {id(b): b for layer in layers for b in layer.buffers()}
     saved = [(b, b.clone()) for b in buffers.values()]
