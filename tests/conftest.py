@@ -1,0 +1,87 @@
+"""Fixtures of all tests: a cache folder of their own, and a check that no thread is left running."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+TASKS = Path("/proc/self/task")
+POOL_THREADS = torch.get_num_threads()
+PATIENCE_SECONDS = 5.0
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Keep the user's own layer times out of the tests, and the tests' out of the user's."""
+    folder = tmp_path_factory.mktemp("fdg_cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FDG_CACHE_DIR", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def threads_of_torch() -> int:
+    """Operating system threads once torch has started everything it starts once per process."""
+    image = torch.zeros(2, 3, 8, 8, requires_grad=True)
+    torch.nn.Conv2d(3, 4, 3)(image).sum().backward()
+    return settled_thread_count()
+
+
+@pytest.fixture
+def no_thread_left(threads_of_torch: int) -> Iterator[Callable[[], None]]:
+    """Fail if the test, or what came before a call of the value, left an operating system thread.
+
+    OpenMP's pool for the calling thread is no leak, and nothing but its size tells its threads from
+    others. So counts are compared that were taken just behind a parallel region of one and the same
+    size, which leaves a pool of that size (and is costly on busy cores: left out where the count is
+    what it was). The pools of other threads end with them. A thread that has been joined may be
+    listed for a moment longer, hence the patience.
+    """
+    before = threads_of_torch if count_threads() == threads_of_torch else settled_thread_count()
+    torch_threads = torch.get_num_threads()
+
+    def check() -> None:
+        assert torch.get_num_threads() == torch_threads, "the thread count of torch was changed"
+        give_up = time.monotonic() + PATIENCE_SECONDS
+        while (now := count_threads()) != before:
+            resize_openmp_pool()
+            now = count_threads()
+            if now <= before:
+                break
+            if time.monotonic() > give_up:
+                pytest.fail(f"{now - before} threads are left; running now: {thread_names()}")
+            time.sleep(0.002)
+
+    yield check
+    check()
+
+
+def resize_openmp_pool() -> None:
+    """Give the calling thread a pool of ``POOL_THREADS``, whatever size it had."""
+    previous = torch.get_num_threads()
+    torch.set_num_threads(POOL_THREADS)
+    torch.ones(1 << 18).add_(1)
+    torch.set_num_threads(previous)
+
+
+def count_threads() -> int:
+    return len(os.listdir(TASKS))
+
+
+def settled_thread_count() -> int:
+    """The count with a pool of known size, once threads that are just ending are gone."""
+    resize_openmp_pool()
+    count, previous = count_threads(), -1
+    while count != previous:
+        time.sleep(0.005)
+        count, previous = count_threads(), count
+    return count
+
+
+def thread_names() -> list[str]:
+    return [(task / "comm").read_text().strip() for task in TASKS.iterdir()]
