@@ -59,6 +59,7 @@ class Batches:
             )
         self._loader = loader
         self._epochs = epochs
+        self._epoch = 0
         self._begun: Iterator[Any] | None = None
 
     def first(self) -> Batch:
@@ -68,8 +69,8 @@ class Batches:
             item = next(iterator)
         except StopIteration:
             raise ValueError(
-                "the loader yields no batch; with drop_last=True a data set smaller than one batch "
-                "gives none"
+                f"the loader yields no batch in epoch {self._epoch}; with drop_last=True a data set "
+                f"smaller than one batch gives none, and an iterator gives its batches only once"
             ) from None
         self._begun = chain([item], iterator)
         return check_batch(item, 0)
@@ -78,6 +79,7 @@ class Batches:
         """The batches of the next epoch."""
         self.first()
         iterator, self._begun = self._begun, None
+        self._epoch += 1
         assert iterator is not None
         return (check_batch(item, number) for number, item in enumerate(iterator))
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 TRAINABLE_DTYPES = (torch.float32, torch.float64)
 
@@ -18,8 +19,13 @@ def as_chain(model: nn.Sequential | Sequence[nn.Module]) -> nn.Sequential:
         ValueError: no layers.
     """
     if isinstance(model, nn.Sequential):
+        if type(model).forward is not nn.Sequential.forward:
+            raise TypeError(
+                f"{type(model).__name__} is an nn.Sequential with a forward of its own, which stages "
+                f"could not follow; give a plain nn.Sequential of layers"
+            )
         chain = model
-    elif isinstance(model, nn.Module) and not isinstance(model, nn.ModuleList):
+    elif isinstance(model, str) or not isinstance(model, (nn.ModuleList, Sequence)):
         raise TypeError(
             f"the model must be an nn.Sequential, whose children are the chain of layers, or a list "
             f"of modules; got a {type(model).__name__}. Write it as "
@@ -45,6 +51,11 @@ def check_parameters(model: nn.Module) -> None:
     """
     trainable = 0
     for name, parameter in model.named_parameters():
+        if isinstance(parameter, nn.UninitializedParameter):
+            raise ValueError(
+                f"parameter {name} has no shape yet (a lazy layer); run one batch through the model "
+                f"first"
+            )
         if parameter.device.type != "cpu":
             raise ValueError(
                 f"parameter {name} is on {parameter.device}, but the stages are on the CPU; give the "
@@ -83,3 +94,35 @@ def check_shared(model: nn.Module, stages: Sequence[Sequence[nn.Module]]) -> Non
                         f"{number}, which would each train a copy of its own. Choose split so that "
                         f"the layers sharing it are in one stage, or give each its own parameter."
                     )
+
+
+def check_output(value: Any, what: str) -> Tensor:
+    """``value`` if it is what ``what`` (a stage or layer) may pass on.
+
+    Raises:
+        TypeError: it is no tensor.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"{what} returned a {type(value).__name__}; each part of a chain passes on one tensor. "
+            f"Cut the chain elsewhere, or wrap the layer so that it returns one."
+        )
+    return value
+
+
+def check_loss(loss: Any, batch: int) -> Tensor:
+    """``loss`` if training can start from it.
+
+    Raises:
+        TypeError: it is no scalar tensor.
+        ValueError: nothing trainable had a part in it.
+    """
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise TypeError(f"loss_fn must return a scalar tensor, the mean over the batch; got {got}")
+    if not loss.requires_grad:
+        raise ValueError(
+            f"the loss of batch {batch} depends on no trainable parameter (was the output detached, "
+            f"or the loss computed under no_grad?)"
+        )
+    return loss

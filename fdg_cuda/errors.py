@@ -4,7 +4,8 @@ from __future__ import annotations
 
 
 class NonFiniteLossError(ArithmeticError):
-    """The loss of a batch became NaN or infinite, and training stopped.
+    """The loss of a batch (or a weight behind the epoch's last one) became NaN or infinite, and
+    training stopped.
 
     Attributes:
         epoch: 0-based epoch of this ``fit`` the batch belongs to.
@@ -12,12 +13,14 @@ class NonFiniteLossError(ArithmeticError):
         loss: the loss.
     """
 
-    def __init__(self, loss: float, batch: int, epoch: int) -> None:
+    def __init__(self, loss: float, batch: int, epoch: int, weights: str | None = None) -> None:
         self.loss = loss
         self.batch = batch
         self.epoch = epoch
+        what = f"the {weights}" if weights else "the loss"
+        value = "no finite number" if weights else str(loss)
         super().__init__(
-            f"the loss became {loss} at batch {batch} of epoch {epoch}; training stopped and the "
+            f"{what} became {value} at batch {batch} of epoch {epoch}; training stopped and the "
             f"model holds the weights the epoch began with. A smaller lr, more warm-up, a smaller "
             f"beta or fewer stages keep delayed gradients stable."
         )

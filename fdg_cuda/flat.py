@@ -58,6 +58,11 @@ class FlatMemory:
         return int(self._progress[0])
 
     @property
+    def newest_weights(self) -> Tensor:
+        """The flat weights the last update wrote."""
+        return self.weights[self.newest]
+
+    @property
     def updates(self) -> int:
         """Updates made since the memory was laid out."""
         return int(self._progress[1])
@@ -86,22 +91,20 @@ class FlatMemory:
         """Take the caller's parameters as the newest weights, if they are not already."""
         with torch.no_grad():
             for parameter, view in zip(
-                self.parameters, self._views(self.weights[self.newest]), strict=True
+                self.parameters, self._views(self.newest_weights), strict=True
             ):
                 if parameter.data_ptr() != view.data_ptr() or parameter.stride() != view.stride():
                     view.copy_(parameter)
 
     def publish(self) -> None:
         """Make the caller's parameters views of the newest weights."""
-        for parameter, view in zip(
-            self.parameters, self._views(self.weights[self.newest]), strict=True
-        ):
+        for parameter, view in zip(self.parameters, self._views(self.newest_weights), strict=True):
             parameter.data = view
 
     def make_newest(self, copy: int) -> None:
         """Put the newest weights into weight copy ``copy``. Only while nothing is running."""
         if copy != self.newest:
-            self.weights[copy].copy_(self.weights[self.newest])
+            self.weights[copy].copy_(self.newest_weights)
             self._progress[0] = copy
 
     def collect_gradients(self, copy: int) -> None:
@@ -121,7 +124,10 @@ class FlatMemory:
         self._gradients = gradients
 
     def release_gradients(self) -> None:
-        """Let go of the last gradients. Only while nothing is running."""
+        """Let go of all gradients, those of a backward that failed half-way too. Only while nothing
+        is running."""
+        for leaf in (leaf for leaves in self.leaves for leaf in leaves):
+            leaf.grad = None
         self._gradients = []
         self.gradient_table[:] = 0
 

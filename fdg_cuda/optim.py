@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, SupportsFloat
 
 import torch
 from torch import Tensor
-
-BETA_RANGE = "beta must be above 0 and at most 1 (1: gradients are not shrunk)"
 
 
 class DelayedSGD(torch.optim.Optimizer):
@@ -33,10 +32,8 @@ class DelayedSGD(torch.optim.Optimizer):
         beta: float,
     ) -> None:
         for name, value in (("lr", lr), ("momentum", momentum), ("weight_decay", weight_decay)):
-            if not value >= 0:
-                raise ValueError(f"{name} must be 0 or more; got {value!r}")
-        if not 0 < beta <= 1:
-            raise ValueError(f"{BETA_RANGE}; got {beta!r}")
+            _checked(name, value)
+        _checked_beta(beta)
         if nesterov and momentum == 0:
             raise ValueError("nesterov=True needs a momentum above 0; got momentum=0")
         defaults = {
@@ -70,16 +67,36 @@ class DelayedSGD(torch.optim.Optimizer):
         """``[lr, momentum, weight_decay, nesterov, beta**n for n in shrinks]`` in force now.
 
         Raises:
-            ValueError: ``beta`` was set out of range.
+            ValueError: a value was set out of range.
         """
         group = self.param_groups[0]
-        beta = float(group["beta"])
-        if not 0 < beta <= 1:
-            raise ValueError(f"{BETA_RANGE}; got {beta!r}")
+        beta = _checked_beta(group["beta"])
         return [
-            float(group["lr"]),
-            float(group["momentum"]),
-            float(group["weight_decay"]),
+            _checked("lr", group["lr"]),
+            _checked("momentum", group["momentum"]),
+            _checked("weight_decay", group["weight_decay"]),
             float(bool(group["nesterov"])),
             *(beta**n for n in shrinks),
         ]
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, str) or not isinstance(value, (SupportsFloat, Tensor)):
+        raise TypeError(f"{name} must be a number; got {value!r}")
+    return float(value)
+
+
+def _checked(name: str, value: Any) -> float:
+    number = _number(name, value)
+    if not (math.isfinite(number) and number >= 0):
+        raise ValueError(f"{name} must be a finite number, 0 or more; got {value!r}")
+    return number
+
+
+def _checked_beta(value: Any) -> float:
+    number = _number("beta", value)
+    if not 0 < number <= 1:
+        raise ValueError(
+            f"beta must be above 0 and at most 1 (1: gradients are not shrunk); got {value!r}"
+        )
+    return number

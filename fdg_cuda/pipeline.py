@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Generator, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 
 import numpy as np
@@ -13,7 +14,9 @@ from torch import Tensor
 
 from fdg_cuda._core import Scheduler, keep_freed_memory, return_freed_memory
 from fdg_cuda.batches import Batch
+from fdg_cuda.chain import check_loss
 from fdg_cuda.errors import NonFiniteLossError
+from fdg_cuda.interrupts import Interrupts
 from fdg_cuda.metrics import count_correct
 from fdg_cuda.optim import DelayedSGD
 from fdg_cuda.program import Program
@@ -22,6 +25,9 @@ from fdg_cuda.stage import Stage
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 MAX_TICKS_IN_FLIGHT = 2
+
+# Held by whoever changes torch's default number of intra-op threads, or relies on it.
+torch_threads = threading.Lock()
 
 
 class Pipeline:
@@ -34,6 +40,7 @@ class Pipeline:
         optimizer: where the hyper-parameters of a batch are read when it enters.
         threads: intra-op threads per stage.
         stash: whether each slot has its own weight copy.
+        interrupts: allowed while ticks run, held while state changes hands.
         delays: (seed, longest in microseconds) of the sleeps put before every action, for tests.
     """
 
@@ -46,11 +53,13 @@ class Pipeline:
         *,
         threads: int,
         stash: bool,
+        interrupts: Interrupts,
         delays: tuple[int, int] = (0, 0),
     ) -> None:
         self._schedule = schedule
         self._stages = list(stages)
         self._loss_fn = loss_fn
+        self._interrupts = interrupts
         self._optimizer = optimizer
         self._shrinks = [schedule.shrinks(stage) for stage in range(schedule.stages)]
         # A row is written when its batch enters, at most MAX_TICKS_IN_FLIGHT ticks ahead of the
@@ -89,14 +98,19 @@ class Pipeline:
         self._targets.clear()
         return_freed_memory()
 
-    def epoch(
-        self, number: int, batches: Iterator[Batch], entered: Callable[[], object]
-    ) -> Generator[None, None, None]:
-        """Train one epoch, yielding after every tick that was enqueued.
+    def run_epoch(
+        self,
+        number: int,
+        batches: Iterator[Batch],
+        *,
+        entered: Callable[[], object],
+        ticked: Callable[[], object],
+    ) -> None:
+        """Train one epoch.
 
-        ``entered`` is called after each batch entered and before the next one is read. When the
-        generator ends, however it ends, nothing is running and the callers' parameters hold the
-        newest weights.
+        ``entered`` is called after each batch entered and before the next one is read, ``ticked``
+        after every tick that was enqueued and once when all are done. However this ends, nothing is
+        running afterwards and the caller's parameters hold the newest weights.
         """
         self._epoch = number
         self.results.clear()
@@ -105,9 +119,16 @@ class Pipeline:
         snapshots = [stage.snapshot() for stage in self._stages]
         drained = False
         try:
-            yield from self._ticks(batches, entered)
-            self._scheduler.synchronize()
-            drained = True
+            # Two steps, so that an interrupt on the way to `hold` still meets the outer one.
+            try:
+                self._interrupts.allow()
+                self._run_ticks(batches, entered, ticked)
+                self._scheduler.synchronize()
+                ticked()
+                drained = True
+            finally:
+                self._interrupts.hold()
+            self._check_weights()
         except NonFiniteLossError:
             self._scheduler.close()
             for stage, snapshot in zip(self._stages, snapshots, strict=True):
@@ -119,7 +140,12 @@ class Pipeline:
             for stage in self._stages:
                 stage.end_epoch()
 
-    def _ticks(self, batches: Iterator[Batch], entered: Callable[[], object]) -> Iterator[None]:
+    def _run_ticks(
+        self,
+        batches: Iterator[Batch],
+        entered: Callable[[], object],
+        ticked: Callable[[], object],
+    ) -> None:
         total: int | None = None
         for tick in count():
             if total is None:
@@ -133,27 +159,28 @@ class Pipeline:
             self._program.submit(tick, total)
             if total is None:
                 entered()
-            yield
+            ticked()
+
+    def _check_weights(self) -> None:
+        for stage in self._stages:
+            if not stage.memory.newest_weights.isfinite().all():
+                last = len(self.results) - 1
+                raise NonFiniteLossError(
+                    self.results[last][0], last, self._epoch, f"weights of stage {stage.index}"
+                )
 
     def _enter(self, number: int, batch: Batch) -> None:
         row = self._optimizer.hyper_row(self._shrinks)
         self._hyper[number % len(self._hyper)] = row
-        self._stages[0].inputs[number], self._targets[number] = batch
+        # Copies: a loader may refill the tensors it gave while they are still in the pipeline.
+        self._stages[0].inputs[number] = batch[0].detach().clone()
+        self._targets[number] = batch[1].detach().clone()
 
     def _loss(self, output: Tensor, batch: int) -> Tensor:
         """Runs on the last stage's stream."""
         target = self._targets.pop(batch)
         loss = self._loss_fn(output, target)
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-            raise TypeError(
-                f"loss_fn must return a scalar tensor, the mean over the batch; got {got}"
-            )
-        if not loss.requires_grad:
-            raise ValueError(
-                f"the loss of batch {batch} depends on no trainable parameter (was the output "
-                f"detached, or the loss computed under no_grad?)"
-            )
+        check_loss(loss, batch)
         value = loss.item()
         if not math.isfinite(value):
             raise NonFiniteLossError(value, batch, self._epoch)
@@ -161,6 +188,23 @@ class Pipeline:
         return loss
 
     def _set_threads(self, threads: int) -> None:
+        """Every stage's thread computes with ``threads`` intra-op threads from now on.
+
+        torch makes the count set last, by whatever thread, the default of threads to come. So it is
+        put back at once, and other runners are kept from reading it meanwhile.
+        """
+        with torch_threads:
+            previous = torch.get_num_threads()
+            try:
+                self._set_threads_of_stages(threads)
+            finally:
+                torch.set_num_threads(previous)
+
+    def _set_threads_of_stages(self, threads: int) -> None:
+        def set_threads(_: int) -> None:
+            torch.get_num_threads()  # or the thread's first use of its count resets it to the default
+            torch.set_num_threads(threads)
+
         # One stage at a time: torch resizes a pool all threads share.
         for stage in range(self._schedule.stages):
             action = self._scheduler.add_action(
@@ -170,7 +214,7 @@ class Pipeline:
                 stream=stage,
                 reads=[],
                 writes=[],
-                work=lambda _: torch.set_num_threads(threads),
+                work=set_threads,
             )
             self._scheduler.submit(self._scheduler.add_tick([(action, 0)]), 0)
             self._scheduler.synchronize()

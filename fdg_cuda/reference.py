@@ -199,7 +199,11 @@ def _forward(chain: Sequence[_Stage], versions: Sequence[int], inputs: Tensor) -
         # A copy goes in, or a stage starting with an in-place layer would spoil its neighbour's
         # output and the caller's batch.
         named = dict(zip(stage.names, leaves, strict=True))
-        output = torch.func.functional_call(stage.module, named, (entry.clone(),))
+        # A module met twice would be exchanged twice and left with the exchanged weights.
+        modules = [id(m) for _, m in stage.module.named_modules(remove_duplicate=False)]
+        output = torch.func.functional_call(
+            stage.module, named, (entry.clone(),), tie_weights=len(set(modules)) == len(modules)
+        )
         if not isinstance(output, Tensor) or not output.is_floating_point():
             raise TypeError(f"stage {k} must return one tensor of floating-point numbers")
         passes.append(_Pass(leaves, entry, output))

@@ -6,7 +6,7 @@ import itertools
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from fdg_cuda.batches import Batches, Loader
 from fdg_cuda.chain import as_chain, check_parameters, check_shared
 from fdg_cuda.devices import Device, parse_devices
+from fdg_cuda.interrupts import Interrupts
 from fdg_cuda.layer_times import remembered
 from fdg_cuda.metrics import (
     Average,
@@ -26,7 +27,7 @@ from fdg_cuda.metrics import (
     count_correct,
 )
 from fdg_cuda.optim import DelayedSGD
-from fdg_cuda.pipeline import LossFunction, Pipeline
+from fdg_cuda.pipeline import LossFunction, Pipeline, torch_threads
 from fdg_cuda.schedule import Schedule
 from fdg_cuda.split import balance, check_split, measure
 from fdg_cuda.stage import Stage
@@ -201,17 +202,21 @@ class FDGRunner:
             raise ValueError(f"epochs must be 0 or more; got {epochs}")
         if lr_step not in ("epoch", "batch"):
             raise ValueError(f"lr_step must be 'epoch' or 'batch'; got {lr_step!r}")
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError("fit cannot train under torch.inference_mode(); call it outside")
+        self._check_model()
+        history = History()
+        if epochs == 0:
+            return history
         if not any(module.training for module in self._layers):
             logger.info("the model was in evaluation mode; fit() puts it in training mode")
             self._model.train()
-        history = History()
         batches = Batches(loader, epochs)
-        if epochs:
-            self._balance(batches)
+        self._balance(batches)
         step_batch = lr_scheduler.step if lr_scheduler is not None and lr_step == "batch" else None
         self._fitting = self._running = True
         try:
-            with self._pipeline() as pipeline:
+            with Interrupts() as interrupts, self._pipeline(interrupts) as pipeline:
                 for epoch in range(epochs):
                     self._running = True
                     result = self._train_epoch(
@@ -219,10 +224,12 @@ class FDGRunner:
                     )
                     self._running = False
                     history.epochs.append(result)
+                    interrupts.allow()
                     if lr_scheduler is not None and lr_step == "epoch":
                         lr_scheduler.step()
                     if on_epoch is not None:
                         on_epoch(result)
+                    interrupts.hold()
         finally:
             self._fitting = self._running = False
         return history
@@ -255,11 +262,7 @@ class FDGRunner:
             if step_batch is not None:
                 step_batch()
 
-        # closing: should on_batch raise, the pipeline stops before the exception goes on.
-        with closing(pipeline.epoch(epoch, batches.epoch(), entered)) as ticks:
-            for _ in ticks:
-                report()
-        report()
+        pipeline.run_epoch(epoch, batches.epoch(), entered=entered, ticked=report)
         averages = average.result()
         return EpochResult(
             epoch=epoch,
@@ -271,8 +274,7 @@ class FDGRunner:
         )
 
     @contextmanager
-    def _pipeline(self) -> Iterator[Pipeline]:
-        previous_threads = torch.get_num_threads()
+    def _pipeline(self, interrupts: Interrupts) -> Iterator[Pipeline]:
         pipeline = Pipeline(
             self._schedule,
             self._stages,
@@ -280,17 +282,27 @@ class FDGRunner:
             self.optimizer,
             threads=self._threads_per_stage(),
             stash=self._backward_weights == "stash",
+            interrupts=interrupts,
             delays=self._injected_delays,
         )
         try:
             yield pipeline
         finally:
             pipeline.close()
-            # A worker's thread count becomes the default of threads started later.
-            torch.set_num_threads(previous_threads)
+
+    def _check_model(self) -> None:
+        """What a caller may have changed since the runner was made."""
+        if [id(layer) for layer in self._model] != [id(layer) for layer in self._layers]:
+            raise RuntimeError(
+                "layers of the model were added, removed or replaced since this runner was made; "
+                "make a new FDGRunner for the changed model"
+            )
+        check_parameters(self._model)
+        check_shared(self._model, [stage.layers for stage in self._stages])
 
     def _threads_per_stage(self) -> int:
-        cores = self._cpu_threads or torch.get_num_threads()
+        with torch_threads:
+            cores = self._cpu_threads or torch.get_num_threads()
         return cores if self._schedule.method == "bp" else max(1, cores // self._schedule.stages)
 
     def _balance(self, batches: Batches) -> None:
@@ -333,7 +345,7 @@ class FDGRunner:
         average = Average()
         with self._inference():
             for x, y in Batches(loader).epoch():
-                output = self._model(x)
+                output = self._model(x.clone())  # its first layer may work in place
                 loss = float(self._loss_fn(output, y))
                 average.add(loss, len(x), count_correct(output, y))
         return average.result()
@@ -348,7 +360,7 @@ class FDGRunner:
         if not isinstance(x, Tensor):
             raise TypeError(f"predict takes a tensor; got a {type(x).__name__}")
         with self._inference():
-            output: Tensor = self._model(x)
+            output: Tensor = self._model(x.clone())
         return output
 
     @contextmanager

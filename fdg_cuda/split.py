@@ -10,6 +10,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from fdg_cuda.buffers import SavedBuffers
+from fdg_cuda.chain import check_loss, check_output
+
 logger = logging.getLogger("fdg_cuda")
 
 REPEATS = 7
@@ -21,7 +24,9 @@ def check_split(split: Sequence[int], layers: int, stages: int) -> list[int]:
     Raises:
         ValueError: wrong number of indices, out of order, or out of range.
     """
-    cuts = [int(index) for index in split]
+    if isinstance(split, (str, int)) or not all(isinstance(index, int) for index in split):
+        raise ValueError(f"split must be a list of layer numbers, such as [3, 7]; got {split!r}")
+    cuts = list(split)
     if len(cuts) != stages - 1:
         raise ValueError(
             f"split must name the {stages - 1} layers at which stages 1 to {stages - 1} begin (one "
@@ -88,8 +93,7 @@ def measure(
     trace: buffers, gradients, the global random state and the thread count are as before.
     ``threads`` is the number of intra-op threads to measure with.
     """
-    buffers = {id(b): b for layer in layers for b in layer.buffers()}
-    saved = [(b, b.clone()) for b in buffers.values()]
+    buffers = SavedBuffers(layers)
     gradients = [(p, p.grad) for layer in layers for p in layer.parameters()]
     previous_threads = torch.get_num_threads()
     seconds: list[list[float]] = [[] for _ in layers]
@@ -101,9 +105,7 @@ def measure(
                     times.append(elapsed)
     finally:
         torch.set_num_threads(previous_threads)
-        with torch.no_grad():
-            for buffer, value in saved:
-                buffer.copy_(value)
+        buffers.restore()
         for parameter, gradient in gradients:
             parameter.grad = gradient
     # The first pass warms up allocator and kernels.
@@ -126,9 +128,9 @@ def _one_pass(
             leaf.requires_grad_()
         value = leaf.clone()
         begin = time.perf_counter()
-        output = layer(value)
+        output = check_output(layer(value), f"layer {number}")
         if number == len(layers) - 1:
-            output = loss(output, target)
+            output = check_loss(loss(output, target), 0)
         seconds.append(time.perf_counter() - begin)
         inputs.append(leaf)
         outputs.append(output)

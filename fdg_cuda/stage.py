@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fdg_cuda._core import FlatSgd, Work
+from fdg_cuda.buffers import SavedBuffers
+from fdg_cuda.chain import check_output
 from fdg_cuda.errors import AliasedParameterError
 from fdg_cuda.flat import FlatMemory
 from fdg_cuda.program import INBOX_HALVES
@@ -34,7 +36,7 @@ class Snapshot:
 
     weights: Tensor
     momentum: Tensor
-    buffers: list[Tensor]
+    buffers: SavedBuffers
 
 
 class _ParameterSites:
@@ -62,6 +64,21 @@ class _ParameterSites:
         self._installed = parameters
 
 
+def graph_leaves(root: Tensor) -> Iterator[Tensor]:
+    """The leaf tensors into which a backward from ``root`` would put gradients."""
+    if root.grad_fn is None and root.requires_grad:
+        yield root
+    todo, seen = [root.grad_fn], set()
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            yield node.variable
+        todo.extend(following for following, _ in node.next_functions)
+
+
 class Stage:
     """Stage ``index`` of a runner. Its work runs on its own stream, one action at a time.
 
@@ -82,7 +99,7 @@ class Stage:
         self._sites = _ParameterSites(self.layers, self.memory.parameters)
         self._sgd: FlatSgd | None = None
         self._input_changed_in_place: bool | None = None
-        self._aliases_checked = False
+        self._leaves_checked = False
         # Wiring, set by the runner.
         self.below: Stage | None = None
         self.above: Stage | None = None
@@ -125,7 +142,7 @@ class Stage:
         self.memory.make_newest(first_slot if self._stash else 0)
         for parameter in self.memory.parameters:
             parameter.grad = None
-        self._aliases_checked = False
+        self._leaves_checked = False
 
     def end_epoch(self) -> None:
         """Give the newest weights to the caller's parameters and let go of all batches."""
@@ -142,25 +159,19 @@ class Stage:
     def snapshot(self) -> Snapshot:
         """Copies of the newest weights, the momentum and the modules' buffers."""
         return Snapshot(
-            self.memory.weights[self.memory.newest].clone(),
+            self.memory.newest_weights.clone(),
             self.memory.momentum.clone(),
-            [buffer.clone() for buffer in self._buffers()],
+            SavedBuffers(self.layers),
         )
 
     def restore(self, snapshot: Snapshot) -> None:
         """Go back to ``snapshot``."""
-        self.memory.weights[self.memory.newest].copy_(snapshot.weights)
+        self.memory.newest_weights.copy_(snapshot.weights)
         self.memory.momentum.copy_(snapshot.momentum)
-        with torch.no_grad():
-            for buffer, value in zip(self._buffers(), snapshot.buffers, strict=True):
-                buffer.copy_(value)
+        snapshot.buffers.restore()
 
     def _trainable(self) -> list[nn.Parameter]:
         unique = {id(p): p for layer in self.layers for p in layer.parameters() if p.requires_grad}
-        return list(unique.values())
-
-    def _buffers(self) -> list[Tensor]:
-        unique = {id(b): b for layer in self.layers for b in layer.buffers()}
         return list(unique.values())
 
     # -- on the stage's stream ----------------------------------------------------------------
@@ -202,6 +213,9 @@ class Stage:
         else:
             held.root = output
             self._output = output.detach()
+        if not self._leaves_checked:
+            self._check_leaves(held.root, leaf, copy)
+            self._leaves_checked = True
 
     def _take_input(self, batch: int) -> Tensor:
         if self.below is None:
@@ -229,17 +243,14 @@ class Stage:
                 f"stage {self.index} changed its input in place at batch {batch} but not at the "
                 f"first batch; make its first layer work out of place (inplace=False)"
             )
-        if not isinstance(value, Tensor):
-            raise TypeError(
-                f"stage {self.index} returned a {type(value).__name__}; a stage of a chain passes "
-                f"on one tensor. Cut the chain elsewhere, or wrap its last layer."
-            )
-        return value
+        return check_output(value, f"stage {self.index}")
 
     def _backward(self, slot: int, copy: int, batch: int) -> None:
         held = self._slots[slot]
         leaf, root = held.input, held.root
         held.input = held.root = None
+        # Activation checkpointing runs layers again in the backward, with this batch's weights.
+        self._sites.install(self.memory.leaves[copy])
         assert leaf is not None
         assert root is not None
         error = None
@@ -255,19 +266,18 @@ class Stage:
         if self.below is not None:
             self._error = leaf.grad
             leaf.grad = None
-        if not self._aliases_checked:
-            self._check_aliases()
 
-    def _check_aliases(self) -> None:
-        self._aliases_checked = True
-        for parameter in self.memory.parameters:
-            if parameter.grad is not None:
-                raise AliasedParameterError(
-                    f"stage {self.index} uses a parameter of shape {tuple(parameter.shape)} through "
-                    f"a second name (a Python list or attribute that is no registered parameter), "
-                    f"so it would never be trained. Reach it through the module that registers it, "
-                    f"or use nn.ParameterList."
-                )
+    def _check_leaves(self, root: Tensor, leaf: Tensor, copy: int) -> None:
+        """Refuse what would get a gradient and never be trained."""
+        known = {id(leaf), *map(id, self.memory.leaves[copy])}
+        for unknown in (x for x in graph_leaves(root) if id(x) not in known):
+            raise AliasedParameterError(
+                f"stage {self.index} computes with a tensor of shape {tuple(unknown.shape)} that wants "
+                f"a gradient but is no registered parameter of this stage's layers (it was kept in a "
+                f"plain Python list or attribute, or belongs to another stage or to the loss), so it "
+                f"would never be trained. Reach it through the module that registers it, in the same "
+                f"stage; keep lists of parameters in nn.ParameterList; or set requires_grad_(False)."
+            )
 
     def _send_activation(self, batch: int) -> None:
         assert self.above is not None

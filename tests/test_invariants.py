@@ -26,7 +26,7 @@ def trained(model: nn.Sequential, stages: int, data: Any, epochs: int = 1, **opt
     """A copy of ``model`` after training, and its runner."""
     model = copy.deepcopy(model)
     split = options.pop("split", even_split(len(model), stages))
-    runner = FDGRunner(model, ["cpu"] * stages, split=split, **options)
+    runner = FDGRunner(model, ["cpu"] * stages, split=split, cpu_threads=1, **options)
     runner.fit(data, epochs=epochs)
     return model, runner
 
