@@ -26,8 +26,9 @@ namespace {
 
 using fdg::cpu::FlatSgd;
 
-// How long the host waits before it looks whether a signal (Ctrl-C) came in.
-constexpr std::chrono::milliseconds kSignalInterval{50};
+// How long the host waits before it looks whether a signal (Ctrl-C) came in: less than the two
+// ticks within which training stops, but for nets so small that nobody would notice.
+constexpr std::chrono::milliseconds kSignalInterval{2};
 
 // Destroyed with the GIL, wherever the last reference is dropped.
 class PythonWork final : public fdg::Work {
@@ -197,7 +198,7 @@ PYBIND11_MODULE(_core, m) {
   py::class_<PyScheduler>(m, "Scheduler")
       .def(py::init<const std::string&, const std::vector<std::string>&, int, uint64_t, int>(),
            py::arg("backend"), py::arg("streams"), py::kw_only(),
-           py::arg("max_ticks_in_flight") = 2, py::arg("delay_seed") = 0,
+           py::arg("max_ticks_in_flight") = 4, py::arg("delay_seed") = 0,
            py::arg("max_delay_us") = 0)
       .def(
           "add_buffer",

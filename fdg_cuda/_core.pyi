@@ -51,7 +51,7 @@ class Scheduler:
         backend: str,
         streams: Sequence[str],
         *,
-        max_ticks_in_flight: int = 2,
+        max_ticks_in_flight: int = 4,
         delay_seed: int = 0,
         max_delay_us: int = 0,
     ) -> None: ...

@@ -24,7 +24,7 @@ from fdg_cuda.schedule import Schedule
 from fdg_cuda.stage import Stage
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
-MAX_TICKS_IN_FLIGHT = 2
+MAX_TICKS_IN_FLIGHT = 4
 
 # Held by whoever changes torch's default number of intra-op threads, or relies on it.
 torch_threads = threading.Lock()

@@ -3,35 +3,33 @@
 #include <chrono>
 #include <exception>
 
-#if defined(__x86_64__) || defined(__i386__)
-#include <immintrin.h>
+#if defined(__linux__)
+#include <pthread.h>
 #endif
 
 namespace fdg::cpu {
 namespace {
 
-// Waking a sleeping thread costs several microseconds, so a waiter looks for a moment first. With
-// more streams than cores the one it waits for may need this very core: then it only yields.
-constexpr int kSpins = 4000;
-constexpr int kYields = 50;
-
-void relax() {
-#if defined(__x86_64__) || defined(__i386__)
-  _mm_pause();
-#endif
-}
+// Waking a sleeping thread costs many microseconds, so a waiter looks for a moment first. Between
+// two looks it yields: the one it waits for may need this very core.
+constexpr int kLooks = 100;
 
 template <class Ready>
-bool look(bool spin, const Ready& ready) {
-  for (int i = 0; spin && i < kSpins; ++i) {
-    if (ready()) return true;
-    relax();
-  }
-  for (int i = 0; i < kYields; ++i) {
+bool look(const Ready& ready) {
+  for (int i = 0; i < kLooks; ++i) {
     if (ready()) return true;
     std::this_thread::yield();
   }
   return ready();
+}
+
+// For debuggers and top.
+void name_this_thread(const std::string& name) {
+#if defined(__linux__)
+  pthread_setname_np(pthread_self(), name.substr(0, 15).c_str());
+#else
+  (void)name;
+#endif
 }
 
 }  // namespace
@@ -44,9 +42,9 @@ void CpuEvent::complete(uint64_t ticket) {
   }
 }
 
-void CpuEvent::wait(uint64_t ticket, bool spin) {
+void CpuEvent::wait(uint64_t ticket) {
   const auto ready = [&] { return completed_.load() >= ticket; };
-  if (look(spin, ready)) return;
+  if (look(ready)) return;
   std::unique_lock<std::mutex> lock(mutex_);
   ++sleepers_;
   changed_.wait(lock, ready);
@@ -56,7 +54,7 @@ void CpuEvent::wait(uint64_t ticket, bool spin) {
 bool CpuEvent::wait_host(std::chrono::milliseconds timeout) {
   const uint64_t ticket = recorded_;
   const auto ready = [&] { return completed_.load() >= ticket; };
-  if (look(false, ready)) return true;
+  if (look(ready)) return true;
   std::unique_lock<std::mutex> lock(mutex_);
   ++sleepers_;
   const bool done = changed_.wait_for(lock, timeout, ready);
@@ -64,13 +62,15 @@ bool CpuEvent::wait_host(std::chrono::milliseconds timeout) {
   return done;
 }
 
-CpuStream::CpuStream(const Options& options, uint64_t index, const std::atomic<int>& stream_count,
+CpuStream::CpuStream(const Options& options, const std::string& name, uint64_t index,
                      Failure& failure)
     : max_delay_us_(options.max_delay_us),
       delays_(options.delay_seed * 1000003 + index),
-      stream_count_(stream_count),
       failure_(failure),
-      thread_([this, on_start = options.on_thread_start] { work(on_start); }) {}
+      thread_([this, name, on_start = options.on_thread_start] {
+        name_this_thread(name);
+        work(on_start);
+      }) {}
 
 CpuStream::~CpuStream() {
   flush();
@@ -108,13 +108,8 @@ void CpuStream::flush() {
   held_.clear();
 }
 
-bool CpuStream::may_spin() const {
-  return stream_count_.load(std::memory_order_relaxed) <=
-         static_cast<int>(std::thread::hardware_concurrency());
-}
-
 bool CpuStream::take(std::vector<Operation>& operations) {
-  look(may_spin(), [this] { return available_.load(std::memory_order_acquire); });
+  look([this] { return available_.load(std::memory_order_acquire); });
   std::unique_lock<std::mutex> lock(mutex_);
   changed_.wait(lock, [this] { return !queue_.empty() || closing_; });
   operations.clear();
@@ -144,7 +139,7 @@ void CpuStream::execute(const Operation& operation) {
       operation.event->complete(operation.ticket);
       break;
     case Kind::wait:
-      operation.event->wait(operation.ticket, may_spin());
+      operation.event->wait(operation.ticket);
       break;
   }
 }
@@ -162,10 +157,8 @@ void CpuStream::run_action(const Operation& operation) {
   }
 }
 
-std::unique_ptr<Stream> CpuBackend::make_stream(const std::string&, Failure& failure) {
-  const int index = stream_count_++;
-  return std::make_unique<CpuStream>(options_, static_cast<uint64_t>(index), stream_count_,
-                                     failure);
+std::unique_ptr<Stream> CpuBackend::make_stream(const std::string& name, Failure& failure) {
+  return std::make_unique<CpuStream>(options_, name, stream_count_++, failure);
 }
 
 }  // namespace fdg::cpu

@@ -32,7 +32,7 @@ class CpuEvent final : public Event {
  private:
   friend class CpuStream;
   void complete(uint64_t ticket);
-  void wait(uint64_t ticket, bool spin);
+  void wait(uint64_t ticket);
 
   uint64_t recorded_ = 0;  // tickets given out; touched by the enqueuing thread only
   std::atomic<uint64_t> completed_{0};
@@ -43,8 +43,8 @@ class CpuEvent final : public Event {
 
 class CpuStream final : public Stream {
  public:
-  CpuStream(const Options& options, uint64_t index, const std::atomic<int>& stream_count,
-            Failure& failure);
+  // `index` makes the stream's injected delays its own.
+  CpuStream(const Options& options, const std::string& name, uint64_t index, Failure& failure);
   ~CpuStream() override;
 
   void run(const Action& action, const Invocation& at) override;
@@ -66,11 +66,9 @@ class CpuStream final : public Stream {
   bool take(std::vector<Operation>& operations);
   void execute(const Operation& operation);
   void run_action(const Operation& operation);
-  bool may_spin() const;
 
   const int max_delay_us_;
   std::mt19937_64 delays_;
-  const std::atomic<int>& stream_count_;
   Failure& failure_;
   std::vector<Operation> held_;  // enqueued, not flushed yet
 
@@ -90,7 +88,7 @@ class CpuBackend final : public Backend {
 
  private:
   const Options options_;
-  std::atomic<int> stream_count_{0};
+  uint64_t stream_count_ = 0;
 };
 
 }  // namespace fdg::cpu
