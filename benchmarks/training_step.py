@@ -15,6 +15,7 @@ import statistics
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -71,7 +72,12 @@ def split_of(settings: argparse.Namespace) -> list[int] | None:
 
 
 def runner_of(
-    settings: argparse.Namespace, stages: int, *, method: str = "fdg", threads: int | None = None
+    settings: argparse.Namespace,
+    stages: int,
+    *,
+    method: str = "fdg",
+    threads: int | None = None,
+    loss_fn: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> FDGRunner:
     model, _ = make(settings)
     return FDGRunner(
@@ -80,25 +86,31 @@ def runner_of(
         method=method,
         split=split_of(settings),
         cpu_threads=threads or stages,
+        loss_fn=loss_fn,
         **HYPER,
     )
 
 
 def fdg(settings: argparse.Namespace, stages: int) -> Steps:
     """The runner, one core per stage."""
-    runner = runner_of(settings, stages)
+    done: list[float] = []
+
+    def loss_fn(output: Tensor, target: Tensor) -> Tensor:
+        done.append(time.perf_counter())
+        return F.cross_entropy(output, target)
+
+    runner = runner_of(settings, stages, loss_fn=loss_fn)
     _, batch = make(settings)
     latency = runner.schedule.latency
+    runner.fit([batch])
 
     def steps() -> list[float]:
-        done: list[float] = []
-        runner.fit(
-            [batch] * (2 * latency + STEPS), on_batch=lambda _: done.append(time.perf_counter())
-        )
-        # Batch b's loss is known at tick b+K-1. Stages are all at work from the tick in which stage
-        # 0 first has a backward until the last in which it has a forward.
+        done.clear()
+        runner.fit([batch] * (2 * latency + STEPS))
+        # The last stage sees batch b at tick b+K-1. All stages are at work from the tick in which
+        # stage 0 first has a backward until the last in which it has a forward.
         first = latency - (stages - 1)
-        return [b - a for a, b in zip(done[first:], done[first + 1 :], strict=False)][:STEPS]
+        return [b - a for a, b in pairwise(done[first : first + STEPS + 1])]
 
     return steps
 

@@ -6,10 +6,10 @@ from typing import final
 backends: tuple[str, ...]
 
 def keep_freed_memory() -> None:
-    """Let the C allocator keep freed blocks, in one arena, for the whole process."""
+    """Let the C allocator keep freed blocks, until ``return_freed_memory``."""
 
 def return_freed_memory() -> None:
-    """Give what the C allocator holds free back to the system."""
+    """Give what the C allocator holds free back to the system, and large blocks from now on."""
 
 class Work:
     """Something native a scheduler can run without Python."""

@@ -66,6 +66,11 @@ def check_parameters(model: nn.Module) -> None:
                 f"parameter {name} is {parameter.dtype}; a CPU device trains float32 and float64 "
                 f"weights. Convert the model with model.float()."
             )
+        if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
+            raise ValueError(
+                f"parameter {name} has a hook on its gradient, which would not be called: batches in "
+                f"flight train copies of it. Remove the hook; hooks on modules and activations work."
+            )
         trainable += parameter.requires_grad
     if not trainable:
         raise ValueError("the model has no trainable parameter (requires_grad is False for all)")

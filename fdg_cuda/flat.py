@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from fdg_cuda._core import FlatSgd
 
@@ -75,17 +76,24 @@ class FlatMemory:
     def matches(self, parameters: Sequence[nn.Parameter]) -> bool:
         """Whether this memory was laid out for just these parameters as they are now."""
         return len(parameters) == len(self.parameters) and all(
-            new is old and new.shape == leaf.shape and new.dtype == leaf.dtype
+            new is old
+            and new.shape == leaf.shape
+            and new.dtype == leaf.dtype
+            and _dense_strides(new) == leaf.stride()
             for new, old, leaf in zip(parameters, self.parameters, self.leaves[0], strict=True)
         )
 
-    def inherit_momentum(self, other: FlatMemory) -> None:
-        """Take over the momentum of the parameters that ``other`` was laid out for too."""
-        known = dict(zip(map(id, other.parameters), other._views(other.momentum), strict=True))
+    def remember_momentum(self, memory: WeakTensorKeyDictionary) -> None:
+        """Put every parameter's momentum into ``memory``, for another layout to come."""
         for parameter, view in zip(self.parameters, self._views(self.momentum), strict=True):
-            old = known.get(id(parameter))
-            if old is not None and old.shape == view.shape:
-                view.copy_(old)
+            memory[parameter] = view
+
+    def recall_momentum(self, memory: WeakTensorKeyDictionary) -> None:
+        """Take the momentum of those parameters that ``memory`` knows."""
+        for parameter, view in zip(self.parameters, self._views(self.momentum), strict=True):
+            known = memory[parameter] if parameter in memory else None
+            if known is not None and known.shape == view.shape:
+                view.copy_(known)
 
     def adopt(self) -> None:
         """Take the caller's parameters as the newest weights, if they are not already."""
@@ -117,7 +125,10 @@ class FlatMemory:
         for i, leaf in enumerate(self.leaves[copy]):
             gradient = leaf.grad
             leaf.grad = None
-            if gradient is not None and gradient.stride() != leaf.stride():
+            # The update reads memory: no lazy sign, no other layout.
+            if gradient is not None and (
+                gradient.stride() != leaf.stride() or gradient.is_neg() or gradient.is_conj()
+            ):
                 gradient = self._dense(gradient, leaf)
             gradients.append(gradient)
             self.gradient_table[i] = 0 if gradient is None else gradient.data_ptr()

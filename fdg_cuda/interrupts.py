@@ -12,7 +12,7 @@ class Interrupts:
     """Between entering and leaving, SIGINT is delivered only after ``allow`` and until ``hold``.
 
     One that comes at another moment is delivered at the next ``allow`` or on leaving. Only one is
-    delivered before leaving, so what cleans up after it runs to its end. In threads other than the
+    raised before leaving, so what cleans up after it runs to its end. In threads other than the
     main one, which no signal interrupts, all of this does nothing.
     """
 
@@ -58,5 +58,8 @@ class Interrupts:
     def _deliver_pending(self) -> None:
         pending, self._pending = self._pending, None
         if pending is not None:
-            self._delivered = True
-            self._previous(*pending)
+            try:
+                self._previous(*pending)
+            except BaseException:
+                self._delivered = True
+                raise

@@ -73,7 +73,7 @@ class Average:
 def count_correct(output: Tensor, target: Tensor) -> int | None:
     """Samples whose largest output is at the target's index: ``output`` (N, classes), ``target``
     (N,) of an integer dtype. None for any other pair."""
-    if output.ndim != 2 or target.ndim != 1 or len(output) != len(target):
+    if output.ndim != 2 or output.shape[1] < 2 or target.shape != output.shape[:1]:
         return None
     if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
         return None

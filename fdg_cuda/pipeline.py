@@ -104,12 +104,13 @@ class Pipeline:
         batches: Iterator[Batch],
         *,
         entered: Callable[[], object],
-        ticked: Callable[[], object],
+        known: Callable[[int], object],
     ) -> None:
         """Train one epoch.
 
-        ``entered`` is called after each batch entered and before the next one is read, ``ticked``
-        after every tick that was enqueued and once when all are done. However this ends, nothing is
+        ``entered`` is called after each batch entered and before the next one is read; ``known``
+        after every tick that was enqueued, and when all are done, with the number of batches whose
+        results are there whatever the timing. However this ends, nothing is
         running afterwards and the caller's parameters hold the newest weights.
         """
         self._epoch = number
@@ -122,9 +123,9 @@ class Pipeline:
             # Two steps, so that an interrupt on the way to `hold` still meets the outer one.
             try:
                 self._interrupts.allow()
-                self._run_ticks(batches, entered, ticked)
+                self._run_ticks(batches, entered, known)
                 self._scheduler.synchronize()
-                ticked()
+                known(len(self.results))
                 drained = True
             finally:
                 self._interrupts.hold()
@@ -144,8 +145,10 @@ class Pipeline:
         self,
         batches: Iterator[Batch],
         entered: Callable[[], object],
-        ticked: Callable[[], object],
+        known: Callable[[int], object],
     ) -> None:
+        # Behind the enqueuing of a tick this many ticks, and so many batches, are surely done.
+        behind = MAX_TICKS_IN_FLIGHT + self._schedule.forward_tick(self._schedule.stages - 1, 0)
         total: int | None = None
         for tick in count():
             if total is None:
@@ -159,7 +162,8 @@ class Pipeline:
             self._program.submit(tick, total)
             if total is None:
                 entered()
-            ticked()
+            done = tick - behind + 1
+            known(max(0, done if total is None else min(done, total)))
 
     def _check_weights(self) -> None:
         for stage in self._stages:

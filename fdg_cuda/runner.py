@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import logging
 import time
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.dropout import _DropoutNd
 
 from fdg_cuda.batches import Batches, Loader
 from fdg_cuda.chain import as_chain, check_parameters, check_shared
@@ -145,7 +147,10 @@ class FDGRunner:
     def state_dict(self) -> dict[str, Tensor]:
         """A copy of the model's weights and buffers, with the model's own keys, on the CPU."""
         self._refuse_while_running("state_dict")
-        return {k: v.detach().cpu().clone() for k, v in self._model.state_dict().items()}
+        return {
+            key: value.detach().cpu().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
+            for key, value in self._model.state_dict().items()
+        }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load weights and buffers saved by :meth:`state_dict` or by the plain model.
@@ -182,7 +187,8 @@ class FDGRunner:
             lr_scheduler: a ``torch.optim.lr_scheduler`` made for :attr:`optimizer`, to be stepped
                 here after every epoch or batch. (Or call its ``step`` yourself between fits.)
             lr_step: ``"epoch"`` or ``"batch"``.
-            on_batch: called for each batch, in order, soon after its loss is known.
+            on_batch: called for each batch, in order, a few ticks after its loss is known: always
+                just as many, so that what it changes (a learning rate) does not depend on timing.
             on_epoch: called after each epoch, with nothing running: ``evaluate``, ``predict`` and
                 ``state_dict`` may be used in it.
 
@@ -204,6 +210,11 @@ class FDGRunner:
             raise ValueError(f"lr_step must be 'epoch' or 'batch'; got {lr_step!r}")
         if torch.is_inference_mode_enabled():
             raise RuntimeError("fit cannot train under torch.inference_mode(); call it outside")
+        if torch.is_autocast_enabled("cpu"):
+            raise RuntimeError(
+                "torch.autocast around fit does not reach the stages' threads; put it into the layers' "
+                "forward, or train without it"
+            )
         self._check_model()
         history = History()
         if epochs == 0:
@@ -247,9 +258,9 @@ class FDGRunner:
         average = Average()
         reported = 0
 
-        def report() -> None:
+        def report(known: int) -> None:
             nonlocal reported
-            while reported < len(pipeline.results):
+            while reported < known:
                 loss, samples, correct = pipeline.results[reported]
                 average.add(loss, samples, correct)
                 history.batch_losses.append(loss)
@@ -262,7 +273,7 @@ class FDGRunner:
             if step_batch is not None:
                 step_batch()
 
-        pipeline.run_epoch(epoch, batches.epoch(), entered=entered, ticked=report)
+        pipeline.run_epoch(epoch, batches.epoch(), entered=entered, known=report)
         averages = average.result()
         return EpochResult(
             epoch=epoch,
@@ -299,6 +310,13 @@ class FDGRunner:
             )
         check_parameters(self._model)
         check_shared(self._model, [stage.layers for stage in self._stages])
+        random = [m for m in self._model.modules() if isinstance(m, _DropoutNd) and m.training]
+        if any(m.p > 0 for m in random) and len(self._devices) > 1:
+            logger.warning(
+                "the model draws random numbers (%s): CPU stages share torch's generator, so with more "
+                "than one of them the same seed need not give the same bits",
+                type(random[0]).__name__,
+            )
 
     def _threads_per_stage(self) -> int:
         with torch_threads:

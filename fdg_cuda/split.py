@@ -99,7 +99,7 @@ def measure(
     seconds: list[list[float]] = [[] for _ in layers]
     try:
         torch.set_num_threads(threads)
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), torch.enable_grad():
             for _ in range(REPEATS + 1):
                 for times, elapsed in zip(seconds, _one_pass(layers, batch, loss), strict=True):
                     times.append(elapsed)
@@ -124,7 +124,7 @@ def _one_pass(
     seconds: list[float] = []
     for number, layer in enumerate(layers):
         leaf = x.detach()
-        if number > 0 and leaf.is_floating_point():
+        if number > 0 and (leaf.is_floating_point() or leaf.is_complex()):
             leaf.requires_grad_()
         value = leaf.clone()
         begin = time.perf_counter()

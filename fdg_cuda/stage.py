@@ -9,6 +9,7 @@ from functools import partial
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from fdg_cuda._core import FlatSgd, Work
 from fdg_cuda.buffers import SavedBuffers
@@ -97,6 +98,7 @@ class Stage:
         self._copies = slots if stash else 1
         self.memory = FlatMemory(self._trainable(), self._copies, index)
         self._sites = _ParameterSites(self.layers, self.memory.parameters)
+        self._momentum = WeakTensorKeyDictionary()
         self._sgd: FlatSgd | None = None
         self._input_changed_in_place: bool | None = None
         self._leaves_checked = False
@@ -117,15 +119,18 @@ class Stage:
         """Lay the parameters out anew if they changed, and make the native update."""
         trainable = self._trainable()
         if not self.memory.matches(trainable):
-            memory = FlatMemory(trainable, self._copies, self.index)
-            memory.inherit_momentum(self.memory)
-            self.memory = memory
-            self._sites = _ParameterSites(self.layers, self.memory.parameters)
+            # Parameters that are frozen now may come back.
+            self.memory.remember_momentum(self._momentum)
+            self.memory = FlatMemory(trainable, self._copies, self.index)
+            self.memory.recall_momentum(self._momentum)
+        # Anew each time: a layer may keep a parameter elsewhere than before (parametrizations).
+        self._sites = _ParameterSites(self.layers, self.memory.parameters)
         self._sgd = self.memory.native_sgd(hyper, threads)
         self._input_changed_in_place = None
 
     def end_fit(self) -> None:
         self._sgd = None
+        self.loss = None
 
     def begin_epoch(self, first_slot: int) -> None:
         """Take the caller's weights into the slot that is forwarded first.
@@ -224,7 +229,7 @@ class Stage:
         activation = self._activations[half]
         assert activation is not None, f"no activation of batch {batch} at stage {self.index}"
         self._activations[half] = None
-        return activation.requires_grad_(activation.is_floating_point())
+        return activation.requires_grad_(activation.is_floating_point() or activation.is_complex())
 
     def _run_layers(self, leaf: Tensor, batch: int) -> Tensor:
         """The layers on ``leaf``, which belongs to the stage below (or to the caller's loader).

@@ -7,9 +7,10 @@
 
 namespace fdg::cpu {
 
-// For the whole process, from now on. Does nothing where the C library is not glibc.
+// For the whole process, until freed memory is returned. Does nothing where the C library is not
+// glibc.
 void keep_freed_memory();
-// Gives back to the system what is free.
+// Gives back to the system what is free, and from now on large blocks when they are freed.
 void return_freed_memory();
 
 }  // namespace fdg::cpu

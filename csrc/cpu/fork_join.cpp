@@ -3,10 +3,17 @@
 namespace fdg::cpu {
 
 ForkJoin::ForkJoin(int threads) {
-  for (int i = 1; i < threads; ++i) helpers_.emplace_back([this, i] { help(i); });
+  try {
+    for (int i = 1; i < threads; ++i) helpers_.emplace_back([this, i] { help(i); });
+  } catch (...) {  // the system has no thread left: end those there are
+    join();
+    throw;
+  }
 }
 
-ForkJoin::~ForkJoin() {
+ForkJoin::~ForkJoin() { join(); }
+
+void ForkJoin::join() {
   {
     std::lock_guard<std::mutex> lock(mutex_);
     closing_ = true;

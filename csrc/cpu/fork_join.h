@@ -23,6 +23,7 @@ class ForkJoin {
 
  private:
   void help(int index);
+  void join();
 
   std::mutex mutex_;
   std::condition_variable begin_;
