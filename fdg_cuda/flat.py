@@ -91,7 +91,7 @@ class FlatMemory:
     def recall_momentum(self, memory: WeakTensorKeyDictionary) -> None:
         """Take the momentum of those parameters that ``memory`` knows."""
         for parameter, view in zip(self.parameters, self._views(self.momentum), strict=True):
-            known = memory[parameter] if parameter in memory else None
+            known = memory.get(parameter, None)  # type: ignore[no-untyped-call]
             if known is not None and known.shape == view.shape:
                 view.copy_(known)
 
