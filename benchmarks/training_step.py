@@ -33,6 +33,7 @@ from fdg_cuda.schedule import Action
 from fdg_cuda.stage import Stage
 
 STEPS = 3  # timed steps per round and case
+WARM_UP = 3  # steps before them, in which the allocator gets its memory back from the system
 HYPER: dict[str, Any] = {"lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4}
 
 Steps = Callable[[], list[float]]
@@ -106,10 +107,10 @@ def fdg(settings: argparse.Namespace, stages: int) -> Steps:
 
     def steps() -> list[float]:
         done.clear()
-        runner.fit([batch] * (2 * latency + STEPS))
+        runner.fit([batch] * (2 * latency + WARM_UP + STEPS))
         # The last stage sees batch b at tick b+K-1. All stages are at work from the tick in which
         # stage 0 first has a backward until the last in which it has a forward.
-        first = latency - (stages - 1)
+        first = latency - (stages - 1) + WARM_UP
         return [b - a for a, b in pairwise(done[first : first + STEPS + 1])]
 
     return steps
@@ -128,9 +129,10 @@ def stages_alone(settings: argparse.Namespace, stages: int) -> Steps:
         time_actions(stage, spent[stage.index])
 
     def steps() -> list[float]:
-        runner.fit([batch] * (STEPS + 1))
-        slowest = max(spent, key=lambda stage: sum(list(spent[stage].values())[1:]))
-        seconds = [spent[slowest][number] for number in range(1, STEPS + 1)]
+        runner.fit([batch] * (WARM_UP + STEPS))
+        timed = range(WARM_UP, WARM_UP + STEPS)
+        slowest = max(spent, key=lambda stage: sum(spent[stage][number] for number in timed))
+        seconds = [spent[slowest][number] for number in timed]
         for times in spent.values():
             times.clear()
         return seconds
