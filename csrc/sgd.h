@@ -34,16 +34,15 @@ FDG_HOST_DEVICE double fused_multiply_add(double a, double b, double c) {
   return __builtin_fma(a, b, c);
 }
 
-// Returns the new weight and replaces the momentum `v`.
-template <bool nesterov, class T>
+// Returns the new weight and replaces the momentum `v`. Which rule it is stands in the type, so
+// that a loop over elements has no branch. Without momentum (`remembers` is false) torch.optim.SGD
+// neither uses nor changes what it remembers.
+template <bool nesterov, bool remembers, class T>
 FDG_HOST_DEVICE T sgd_step(T w, T g, T& v, const SgdCoefficients<T>& c) {
   const T gradient = fused_multiply_add(w, c.weight_decay, c.shrink * g);
-  const T velocity = c.momentum * v + gradient;
-  // Without momentum torch.optim.SGD neither uses nor changes what it remembers.
-  const bool remembers = c.momentum != T(0);
-  v = remembers ? velocity : v;
-  const T direction = nesterov ? fused_multiply_add(velocity, c.momentum, gradient) : velocity;
   if (!remembers) return fused_multiply_add(gradient, -c.lr, w);
+  v = c.momentum * v + gradient;
+  const T direction = nesterov ? fused_multiply_add(v, c.momentum, gradient) : v;
   return fused_multiply_add(direction, -c.lr, w);
 }
 

@@ -30,27 +30,39 @@ struct Span {
   int64_t size;
 };
 
-template <bool nesterov, class T>
+template <bool nesterov, bool remembers, class T>
 inline __attribute__((always_inline)) void update_block(const Span<T>& s,
-                                                        const SgdCoefficients<T>& c, T* to) {
-  // `to` is `s.weights` when in place: an element is read before it is written and touched by no
-  // other, so no iteration depends on another.
+                                                        const SgdCoefficients<T>& coefficients,
+                                                        T* to) {
+  // Locals, which no store through `to` can change.
+  const SgdCoefficients<T> c = coefficients;
+  const T* const w = s.weights;
+  const T* const g = s.gradients;
+  T* const v = s.momentum;
+  const int64_t size = s.size;
+  // `to` is `w` when in place: an element is read before it is written and touched by no other, so
+  // no iteration depends on another.
 #if defined(__clang__)
 #pragma clang loop vectorize(assume_safety)
 #else
 #pragma GCC ivdep
 #endif
-  for (int64_t i = 0; i < s.size; ++i)
-    to[i] = sgd_step<nesterov>(s.weights[i], s.gradients[i], s.momentum[i], c);
+  for (int64_t i = 0; i < size; ++i) {
+    T velocity = v[i];
+    to[i] = sgd_step<nesterov, remembers>(w[i], g[i], velocity, c);
+    if (remembers) v[i] = velocity;
+  }
 }
 
 template <class T>
 inline __attribute__((always_inline)) void update_span(const Span<T>& s, bool nesterov,
                                                        const SgdCoefficients<T>& c, T* to) {
-  if (nesterov)
-    update_block<true>(s, c, to);
+  if (c.momentum == T(0))
+    update_block<false, false>(s, c, to);
+  else if (nesterov)
+    update_block<true, true>(s, c, to);
   else
-    update_block<false>(s, c, to);
+    update_block<false, true>(s, c, to);
 }
 
 template <class T>
