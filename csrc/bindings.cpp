@@ -134,17 +134,23 @@ class PyScheduler {
     throw std::invalid_argument("unknown backend '" + name + "'; there are 'cpu' and 'trace'");
   }
 
+  // A Python error can be handed back to Python only once, so after that a plain one is thrown.
   template <class Ready>
-  static void wait(const Ready& ready) {
+  void wait(const Ready& ready) {
+    if (failed_) throw std::runtime_error("this scheduler has failed before; make a new one");
     while (true) {
-      {
+      try {
         py::gil_scoped_release no_gil;
         if (ready()) return;
+      } catch (...) {
+        failed_ = true;
+        throw;
       }
       if (PyErr_CheckSignals() != 0) throw py::error_already_set();
     }
   }
 
+  bool failed_ = false;
   std::shared_ptr<fdg::trace::Log> log_;
   std::unique_ptr<fdg::Scheduler> scheduler_;
 };

@@ -5,7 +5,6 @@
 #include <atomic>
 #include <exception>
 #include <mutex>
-#include <stdexcept>
 #include <utility>
 
 namespace fdg {
@@ -20,27 +19,19 @@ class Failure {
 
   bool stopped() const noexcept { return stopped_.load(std::memory_order_acquire); }
 
-  // Throws what `set` was given, the first time. An exception object may hold what can be handed on
-  // only once (a Python error), so later calls throw a plain one that says so.
   void rethrow() {
     std::exception_ptr error;
-    bool thrown_before = false;
     {
       std::lock_guard<std::mutex> lock(mutex_);
-      error = std::move(error_);
-      error_ = nullptr;
-      thrown_before = thrown_;
-      thrown_ = thrown_ || error;
+      error = error_;
     }
     if (error) std::rethrow_exception(error);
-    if (thrown_before) throw std::runtime_error("this scheduler has failed before; make a new one");
   }
 
  private:
   std::mutex mutex_;
   std::atomic<bool> stopped_{false};
   std::exception_ptr error_;
-  bool thrown_ = false;
 };
 
 }  // namespace fdg

@@ -48,15 +48,18 @@ void Scheduler::check_action(const Action& action) const {
 void Scheduler::claim_private_buffers(const Action& action) {
   for (const auto* list : {&action.reads, &action.writes})
     for (const BufferId buffer : *list) {
-      int& owner = buffer_owner_[buffer];
+      const int owner = buffer_owner_[buffer];
       if (buffer_shared_[buffer]) continue;
       if (owner >= 0 && owner != action.stream)
         throw std::invalid_argument("buffer " + buffer_names_[buffer] + " is private to stream " +
                                     std::to_string(owner) + " but action " + action.label(0) +
                                     " uses it on stream " + std::to_string(action.stream) +
                                     "; add it with shared=true");
-      owner = action.stream;
     }
+  // Only when none was refused.
+  for (const auto* list : {&action.reads, &action.writes})
+    for (const BufferId buffer : *list)
+      if (!buffer_shared_[buffer]) buffer_owner_[buffer] = action.stream;
 }
 
 int Scheduler::add_action(Action action) {

@@ -1,5 +1,6 @@
 #include "cpu_stream.h"
 
+#include <algorithm>
 #include <chrono>
 #include <exception>
 
@@ -34,16 +35,16 @@ void name_this_thread(const std::string& name) {
 
 }  // namespace
 
-void CpuEvent::complete(uint64_t ticket) {
-  completed_.store(ticket);  // sequentially consistent, as is sleepers_: one of the two sides sees
-  if (sleepers_.load() > 0) {  // the other, so no wake-up is lost
+void CpuRecord::complete() {
+  done_.store(true);  // sequentially consistent, as is sleepers_: one of the two sides sees the
+  if (sleepers_.load() > 0) {  // other, so no wake-up is lost
     std::lock_guard<std::mutex> lock(mutex_);
     changed_.notify_all();
   }
 }
 
-void CpuEvent::wait(uint64_t ticket) {
-  const auto ready = [&] { return completed_.load() >= ticket; };
+void CpuRecord::wait() {
+  const auto ready = [this] { return done_.load(); };
   if (look(ready)) return;
   std::unique_lock<std::mutex> lock(mutex_);
   ++sleepers_;
@@ -51,15 +52,21 @@ void CpuEvent::wait(uint64_t ticket) {
   --sleepers_;
 }
 
-bool CpuEvent::wait_host(std::chrono::milliseconds timeout) {
-  const uint64_t ticket = recorded_;
-  const auto ready = [&] { return completed_.load() >= ticket; };
+bool CpuRecord::wait_for(std::chrono::milliseconds timeout) {
+  const auto ready = [this] { return done_.load(); };
   if (look(ready)) return true;
+  // Added to the clock's time a longest timeout would overflow.
+  const auto bounded = std::min<std::chrono::milliseconds>(timeout, std::chrono::hours(24 * 365));
   std::unique_lock<std::mutex> lock(mutex_);
   ++sleepers_;
-  const bool done = changed_.wait_for(lock, timeout, ready);
+  const bool done = changed_.wait_for(lock, bounded, ready);
   --sleepers_;
   return done;
+}
+
+bool CpuEvent::wait_host(std::chrono::milliseconds timeout) {
+  const auto record = latest_;
+  return !record || record->wait_for(timeout);
 }
 
 CpuStream::CpuStream(const Options& options, const std::string& name, uint64_t index,
@@ -83,18 +90,18 @@ CpuStream::~CpuStream() {
 }
 
 void CpuStream::run(const Action& action, const Invocation& at) {
-  held_.push_back({Kind::run, &action, nullptr, 0, at});
+  held_.push_back({Kind::run, &action, nullptr, at});
 }
 
 void CpuStream::record(Event& event) {
   auto& cpu_event = static_cast<CpuEvent&>(event);
-  held_.push_back({Kind::record, nullptr, &cpu_event, ++cpu_event.recorded_, {}});
+  cpu_event.latest_ = std::make_shared<CpuRecord>();
+  held_.push_back({Kind::record, nullptr, cpu_event.latest_, {}});
 }
 
 void CpuStream::wait(Event& event) {
   auto& cpu_event = static_cast<CpuEvent&>(event);
-  if (cpu_event.recorded_ > 0)
-    held_.push_back({Kind::wait, nullptr, &cpu_event, cpu_event.recorded_, {}});
+  if (cpu_event.latest_) held_.push_back({Kind::wait, nullptr, cpu_event.latest_, {}});
 }
 
 void CpuStream::flush() {
@@ -136,10 +143,10 @@ void CpuStream::execute(const Operation& operation) {
       run_action(operation);
       break;
     case Kind::record:
-      operation.event->complete(operation.ticket);
+      operation.record->complete();
       break;
     case Kind::wait:
-      operation.event->wait(operation.ticket);
+      operation.record->wait();
       break;
   }
 }

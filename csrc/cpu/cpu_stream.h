@@ -25,20 +25,28 @@ struct Options {
   int max_delay_us = 0;
 };
 
+// One record of an event. Shared by whoever waits for it and the stream that completes it, so it
+// outlives the event and knows nothing of later records, on whatever stream.
+class CpuRecord {
+ public:
+  void complete();
+  void wait();
+  bool wait_for(std::chrono::milliseconds timeout);
+
+ private:
+  std::atomic<bool> done_{false};
+  std::atomic<int> sleepers_{0};
+  std::mutex mutex_;
+  std::condition_variable changed_;
+};
+
 class CpuEvent final : public Event {
  public:
   bool wait_host(std::chrono::milliseconds timeout) override;
 
  private:
   friend class CpuStream;
-  void complete(uint64_t ticket);
-  void wait(uint64_t ticket);
-
-  uint64_t recorded_ = 0;  // tickets given out; touched by the enqueuing thread only
-  std::atomic<uint64_t> completed_{0};
-  std::atomic<int> sleepers_{0};
-  std::mutex mutex_;
-  std::condition_variable changed_;
+  std::shared_ptr<CpuRecord> latest_;  // touched by the enqueuing thread only
 };
 
 class CpuStream final : public Stream {
@@ -57,8 +65,7 @@ class CpuStream final : public Stream {
   struct Operation {
     Kind kind;
     const Action* action;
-    CpuEvent* event;
-    uint64_t ticket;
+    std::shared_ptr<CpuRecord> record;
     Invocation at;
   };
 

@@ -170,6 +170,9 @@ FlatSgd::FlatSgd(FlatParameters parameters, int threads)
         !parameters_.hyper.data || !parameters_.progress)
       throw std::invalid_argument("a pointer of the stage's flat memory is null");
   }
+  if (parameters_.stage < 0)
+    throw std::invalid_argument("there is no stage " + std::to_string(parameters_.stage) +
+                                "; stages are numbered from 0");
   if (parameters_.hyper.rows < 1 ||
       parameters_.hyper.columns <= HyperTable::first_shrink + parameters_.stage)
     throw std::invalid_argument("the hyper-parameter table has no column for stage " +
@@ -240,6 +243,8 @@ void FlatSgd::update_typed(int from, int to, int64_t batch) {
 }
 
 void FlatSgd::run_update(int from, int to, int64_t batch) {
+  check_copy(from);
+  check_copy(to);
   if (parameters_.dtype == Dtype::float32)
     update_typed<float>(from, to, batch);
   else
@@ -249,6 +254,8 @@ void FlatSgd::run_update(int from, int to, int64_t batch) {
 }
 
 void FlatSgd::run_copy(int from, int to) {
+  check_copy(from);
+  check_copy(to);
   if (from == to) return;
   const int64_t item = item_size(parameters_.dtype);
   const auto* source = reinterpret_cast<const char*>(parameters_.weights[from]);

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <map>
+#include <stdexcept>
 #include <utility>
 
 namespace fdg::trace {
@@ -19,8 +20,11 @@ class Checker {
  public:
   explicit Checker(const std::vector<Operation>& operations) : operations_(operations) {
     size_t streams = 0;
-    for (const auto& operation : operations)
+    for (const auto& operation : operations) {
+      if (operation.stream < 0)
+        throw std::invalid_argument(operation.describe() + ": streams are numbered from 0");
       streams = std::max(streams, static_cast<size_t>(operation.stream) + 1);
+    }
     queues_.resize(streams);
     for (size_t i = 0; i < operations.size(); ++i)
       queues_[operations[i].stream].push_back(static_cast<int>(i));
@@ -79,7 +83,11 @@ class Checker {
     std::map<BufferId, std::vector<Access>> readers;  // since the last write
     for (size_t i = 0; i < operations_.size(); ++i) {
       const Operation& operation = operations_[i];
-      if (operation.kind != OperationKind::run || run_clocks_[i].empty()) continue;
+      if (operation.kind != OperationKind::run) continue;
+      if (run_clocks_[i].empty()) {  // never ends
+        report_.reads_from.emplace_back();
+        continue;
+      }
       const Access access{static_cast<int>(i), operation.stream, run_clocks_[i][operation.stream]};
       std::vector<int> sources;
       for (const BufferId buffer : operation.reads) {
