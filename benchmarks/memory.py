@@ -4,7 +4,8 @@
 
 Weight bytes are those of the arrays; activation bytes those of the distinct storages that autograd
 saved for the backwards that had not run yet, at their largest (weights and inputs of the stage
-excluded).
+excluded). The snapshot is the copy of the newest weights and the momentum that an epoch keeps, to go
+back to should a loss become NaN.
 """
 
 from __future__ import annotations
@@ -78,9 +79,15 @@ def measure(model: str, stages: int, batch_size: int, mode: str) -> list[dict[st
             "weight_bytes": stage.memory.weight_bytes,
             "batches": held.most_batches,
             "activation_bytes": held.most_bytes,
+            "snapshot_bytes": snapshot_bytes(stage),
         }
         for stage, held in zip(runner.stages, holdings, strict=True)
     ]
+
+
+def snapshot_bytes(stage: Stage) -> int:
+    snapshot = stage.snapshot()
+    return snapshot.weights.nbytes + snapshot.momentum.nbytes
 
 
 def main() -> None:
@@ -95,6 +102,7 @@ def main() -> None:
         "D_k": lambda row: str(row["delay"]),
         "weight copies": lambda row: str(row["weight_copies"]),
         "weights, MB": lambda row: f"{row['weight_bytes'] / 1e6:.2f}",
+        "epoch's snapshot, MB": lambda row: f"{row['snapshot_bytes'] / 1e6:.2f}",
         "batches held": lambda row: str(row["batches"]),
         "activations, MB": lambda row: f"{row['activation_bytes'] / 1e6:.0f}",
     }

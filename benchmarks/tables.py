@@ -122,12 +122,13 @@ def memory() -> list[str]:
             str(row["stage"]),
             str(row["delay"]),
             f"{row['weight_copies']} ({row['weight_bytes'] / 1e6:.2f} MB)",
+            f"{row['snapshot_bytes'] / 1e6:.2f} MB",
             f"{row['batches']} ({row['activation_bytes'] / 1e6:.0f} MB)",
         ]
         for mode, stages in results["rows"].items()
         for row in stages
     ]
-    headings = ["mode", "stage", "D_k", "weight copies", "batches' activations"]
+    headings = ["mode", "stage", "D_k", "weight copies", "epoch's snapshot", "batches' activations"]
     case = f"{s['model']}, batch {s['batch_size']}, K = {s['stages']}, 3x32x32"
     return [f"{heading}: {case}", "", *table(headings, rows), *origin(results)]
 

@@ -7,6 +7,7 @@
 
 #include <chrono>
 #include <memory>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -69,21 +70,44 @@ class PyScheduler {
  public:
   PyScheduler(const std::string& backend, const std::vector<std::string>& streams,
               int max_ticks_in_flight, uint64_t delay_seed, int max_delay_us) {
-    py::gil_scoped_release no_gil;
-    scheduler_ = std::make_unique<fdg::Scheduler>(make_backend(backend, delay_seed, max_delay_us),
-                                                  streams, max_ticks_in_flight);
+    std::unique_ptr<fdg::Scheduler> scheduler;
+    {
+      py::gil_scoped_release no_gil;
+      scheduler = std::make_unique<fdg::Scheduler>(make_backend(backend, delay_seed, max_delay_us),
+                                                   streams, max_ticks_in_flight);
+    }
+    // Its end joins threads that may be waiting for the GIL.
+    scheduler_ = {scheduler.release(), [](fdg::Scheduler* ended) {
+                    py::gil_scoped_release no_gil;
+                    delete ended;
+                  }};
+    all().insert(this);
+  }
+  PyScheduler(const PyScheduler&) = delete;
+  PyScheduler& operator=(const PyScheduler&) = delete;
+
+  ~PyScheduler() {
+    all().erase(this);
+    close();
   }
 
-  ~PyScheduler() { close(); }
-
+  // A call under way in another Python thread ends soon after, and with it the streams' threads.
   void close() {
-    py::gil_scoped_release no_gil;
-    scheduler_.reset();
+    const auto closed = std::exchange(scheduler_, nullptr);
+    if (closed) closed->cancel();
   }
 
-  fdg::Scheduler& open() {
+  // Threads that still wanted the GIL when the interpreter ends would take the process down.
+  static void close_all() {
+    const std::set<PyScheduler*> open = all();
+    for (PyScheduler* scheduler : open)
+      if (all().count(scheduler) > 0) scheduler->close();
+  }
+
+  // Held by every call for as long as it lasts: another Python thread may close the scheduler.
+  std::shared_ptr<fdg::Scheduler> open() const {
     if (!scheduler_) throw std::runtime_error("this scheduler is closed");
-    return *scheduler_;
+    return scheduler_;
   }
 
   int add_action(std::string code, int stage, int slot, int stream, std::vector<int> reads,
@@ -97,19 +121,19 @@ class PyScheduler {
     else if (!work.is_none())
       throw py::type_error("work must be a function, a native work or None, got " +
                            py::repr(work).cast<std::string>());
-    return open().add_action(std::move(action));
+    return open()->add_action(std::move(action));
   }
 
   void submit(int tick_id, int64_t tick) {
-    fdg::Scheduler& scheduler = open();
-    wait([&] { return scheduler.wait_for_room(kSignalInterval); });
+    const auto scheduler = open();
+    wait([&] { return scheduler->wait_for_room(kSignalInterval); });
     py::gil_scoped_release no_gil;
-    scheduler.submit(tick_id, tick);
+    scheduler->submit(tick_id, tick);
   }
 
   void synchronize() {
-    fdg::Scheduler& scheduler = open();
-    wait([&] { return scheduler.wait_idle(kSignalInterval); });
+    const auto scheduler = open();
+    wait([&] { return scheduler->wait_idle(kSignalInterval); });
   }
 
   std::shared_ptr<fdg::trace::Log> log() const {
@@ -118,6 +142,12 @@ class PyScheduler {
   }
 
  private:
+  // Those that exist; touched with the GIL only. Never destroyed: the last may outlive statics.
+  static std::set<PyScheduler*>& all() {
+    static auto* const schedulers = new std::set<PyScheduler*>();
+    return *schedulers;
+  }
+
   std::unique_ptr<fdg::Backend> make_backend(const std::string& name, uint64_t delay_seed,
                                              int max_delay_us) {
     if (name == "cpu") {
@@ -152,7 +182,7 @@ class PyScheduler {
 
   bool failed_ = false;
   std::shared_ptr<fdg::trace::Log> log_;
-  std::unique_ptr<fdg::Scheduler> scheduler_;
+  std::shared_ptr<fdg::Scheduler> scheduler_;
 };
 
 std::shared_ptr<FlatSgd> make_flat_sgd(const std::string& dtype, int stage,
@@ -185,6 +215,8 @@ PYBIND11_MODULE(_core, m) {
   m.doc() = "The C++ core of fdg_cuda: streams, events, scheduler and fused updates.";
   m.attr("backends") = py::make_tuple("cpu", "trace");
 
+  py::module_::import("atexit").attr("register")(py::cpp_function(&PyScheduler::close_all));
+
   m.def("keep_freed_memory", &fdg::cpu::keep_freed_memory);
   m.def("return_freed_memory", &fdg::cpu::return_freed_memory,
         py::call_guard<py::gil_scoped_release>());
@@ -209,7 +241,7 @@ PYBIND11_MODULE(_core, m) {
       .def(
           "add_buffer",
           [](PyScheduler& self, std::string name, bool shared) {
-            return self.open().add_buffer(std::move(name), shared);
+            return self.open()->add_buffer(std::move(name), shared);
           },
           py::arg("name"), py::kw_only(), py::arg("shared"))
       .def("add_action", &PyScheduler::add_action, py::kw_only(), py::arg("code"), py::arg("stage"),
@@ -217,17 +249,17 @@ PYBIND11_MODULE(_core, m) {
       .def(
           "add_tick",
           [](PyScheduler& self, std::vector<std::pair<int, int64_t>> actions) {
-            return self.open().add_tick(std::move(actions));
+            return self.open()->add_tick(std::move(actions));
           },
           py::arg("actions"))
       .def("submit", &PyScheduler::submit, py::arg("tick_id"), py::arg("tick"))
       .def("synchronize", &PyScheduler::synchronize)
-      .def("cancel", [](PyScheduler& self) { self.open().cancel(); })
+      .def("cancel", [](PyScheduler& self) { self.open()->cancel(); })
       .def("close", &PyScheduler::close)
       .def_property_readonly("ticks_in_flight",
-                             [](PyScheduler& self) { return self.open().ticks_in_flight(); })
+                             [](PyScheduler& self) { return self.open()->ticks_in_flight(); })
       .def_property_readonly("buffer_names",
-                             [](PyScheduler& self) { return self.open().buffer_names(); })
+                             [](PyScheduler& self) { return self.open()->buffer_names(); })
       .def("operations", [](const PyScheduler& self) { return self.log()->operations; });
 
   using fdg::trace::Operation;

@@ -44,7 +44,11 @@ class FlatSgd:
     def run_update(self, source: int, target: int, batch: int) -> None: ...
 
 class Scheduler:
-    """Runs ticks of actions on the streams of one backend (``"cpu"`` or ``"trace"``)."""
+    """Runs ticks of actions on the streams of one backend (``"cpu"`` or ``"trace"``).
+
+    One Python thread at a time may use it, except for ``cancel`` and ``close``: those may be called
+    by any, and end what another is waiting for. All are closed before the interpreter ends.
+    """
 
     def __init__(
         self,

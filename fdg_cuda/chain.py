@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -47,7 +48,8 @@ def as_chain(model: nn.Sequential | Sequence[nn.Module]) -> nn.Sequential:
 def check_parameters(model: nn.Module) -> None:
     """Raises:
     TypeError: a parameter of a dtype that cannot be trained on a CPU.
-    ValueError: a parameter that is not on the CPU, or no trainable parameter at all.
+    ValueError: a parameter that is not on the CPU, two that lie in the same memory, or no trainable
+        parameter at all.
     """
     trainable = 0
     for name, parameter in model.named_parameters():
@@ -74,6 +76,26 @@ def check_parameters(model: nn.Module) -> None:
         trainable += parameter.requires_grad
     if not trainable:
         raise ValueError("the model has no trainable parameter (requires_grad is False for all)")
+    _check_memory(model)
+
+
+def _check_memory(model: nn.Module) -> None:
+    """Parameters that are tied by their memory (``a.data = b.data``) would be trained apart."""
+    spans = []
+    for name, parameter in model.named_parameters():
+        if parameter.numel() > 0:
+            last = sum((n - 1) * step for n, step in zip(parameter.shape, parameter.stride(), strict=True))
+            begin = parameter.data_ptr()
+            spans.append((begin, begin + (last + 1) * parameter.element_size(), name))
+    spans.sort()
+    for (_, end, first), (begin, _, second) in itertools.pairwise(spans):
+        if begin < end:
+            raise ValueError(
+                f"parameters {first} and {second} lie in the same memory, but are two parameters: "
+                f"training would untie them. Tie them by assigning the parameter itself "
+                f"(b.weight = a.weight), or give each its own memory (b.weight.data = "
+                f"b.weight.data.clone())."
+            )
 
 
 def check_shared(model: nn.Module, stages: Sequence[Sequence[nn.Module]]) -> None:

@@ -121,17 +121,24 @@ class FlatMemory:
         Raises:
             TypeError: a sparse gradient.
         """
-        gradients: list[Tensor | None] = []
-        for i, leaf in enumerate(self.leaves[copy]):
-            gradient = leaf.grad
+        leaves = self.leaves[copy]
+        gradients = [leaf.grad for leaf in leaves]
+        for leaf in leaves:
             leaf.grad = None
-            # The update reads memory: no lazy sign, no other layout.
-            if gradient is not None and (
-                gradient.stride() != leaf.stride() or gradient.is_neg() or gradient.is_conj()
-            ):
-                gradient = self._dense(gradient, leaf)
-            gradients.append(gradient)
-            self.gradient_table[i] = 0 if gradient is None else gradient.data_ptr()
+        # On every tick, hence whole lists at a time. Autograd lays a dense gradient out like its
+        # dense leaf (torch: "Default gradient layouts").
+        try:
+            addresses = list(map(Tensor.data_ptr, gradients))
+            readable = not any(map(Tensor.is_neg, gradients))
+        except (TypeError, RuntimeError):  # one is None or sparse
+            readable = False
+        if not readable:
+            gradients = [
+                None if gradient is None else self._readable(gradient, leaf)
+                for gradient, leaf in zip(gradients, leaves, strict=True)
+            ]
+            addresses = [0 if g is None else g.data_ptr() for g in gradients]
+        self.gradient_table[:] = addresses
         self._gradients = gradients
 
     def release_gradients(self) -> None:
@@ -167,14 +174,15 @@ class FlatMemory:
             )
         ]
 
-    def _dense(self, gradient: Tensor, leaf: Tensor) -> Tensor:
+    def _readable(self, gradient: Tensor, leaf: Tensor) -> Tensor:
+        """``gradient`` as memory the update may read: dense, and without a lazy sign."""
         if gradient.layout != torch.strided:
             raise TypeError(
                 f"stage {self.stage}: a parameter of shape {tuple(leaf.shape)} got a gradient of "
                 f"layout {gradient.layout}; the fused update needs dense ones. Build the layer "
                 f"without sparse gradients (nn.Embedding(..., sparse=False))."
             )
-        return torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype).copy_(gradient)
+        return gradient.resolve_neg()
 
 
 def _common_dtype(parameters: Sequence[nn.Parameter], stage: int) -> torch.dtype:

@@ -422,6 +422,32 @@ def test_parameter_shared_by_two_stages_since_the_last_fit() -> None:
         runner.fit(batches(2))
 
 
+@pytest.mark.parametrize("when", ["new", "later"])
+@pytest.mark.parametrize("split", [[2], [3]], ids=["one-stage", "two-stages"])
+def test_parameters_tied_by_memory_only(split: list[int], when: str) -> None:
+    """``a.data = b.data``: flat memory would give each its own, and untie them without a word."""
+    model = chain(inner=[nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH)])
+    runner = runner_of(model, split=split) if when == "later" else None
+    if runner is not None:
+        runner.fit(batches(2))
+    model[4].weight.data = model[2].weight.data[:]
+    words = ["2.weight", "4.weight", "same memory", "a.weight"]
+    with refused(ValueError, *words):
+        if runner is None:
+            runner_of(model, split=split)
+        else:
+            runner.fit(batches(2))
+    model[4].weight = model[2].weight
+    runner_of(model, split=[2]).fit(batches(2))
+
+
+def test_another_runner_may_cut_elsewhere() -> None:
+    """Parameters of one stage lie in one flat memory, but not in the same place."""
+    model = chain()
+    runner_of(model, split=[2]).fit(batches(2))
+    runner_of(model, split=[1]).fit(batches(2))
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("frozen", [[0], [2], [4], [0, 2], [2, 4]], ids=str)
 def test_frozen_parameters_keep_their_bits(frozen: list[int], method: str) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,9 +14,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fdg_cuda import reference
 from fdg_cuda.reference import ReferenceResult, train
 
 Batches = list[tuple[Tensor, Tensor]]
+
+
+def test_the_oracle_shares_no_code_with_the_package() -> None:
+    tree = ast.parse(Path(reference.__file__).read_text())
+    modules = {
+        name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for name in (
+            [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module]
+        )
+    }
+    assert not [name for name in modules if name is None or name.startswith("fdg_cuda")]
+    assert "torch" in modules
 
 
 def make_stages(count: int, *, norm: bool = False) -> list[nn.Module]:
