@@ -80,10 +80,10 @@ class BasicBlock(nn.Module):
                 )
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
-        # In place is safe: batch norm does not need its output in the backward pass, nor does a sum.
-        out += self.shortcut(x)
-        return self.relu(out)  # type: ignore[no-any-return]
+        residual = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        # The sum is a tensor of its own, so the in-place ReLU cannot reach x through the identity.
+        out: Tensor = self.relu(residual + self.shortcut(x))
+        return out
 
 
 class PreActBlock(nn.Module):
@@ -109,10 +109,8 @@ class PreActBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         activated = self.relu(self.bn1(x))
-        out: Tensor = self.conv2(self.relu(self.bn2(self.conv1(activated))))
-        # In place is safe: a convolution does not need its output in the backward pass.
-        out += x if self.shortcut is None else self.shortcut(activated)
-        return out
+        residual: Tensor = self.conv2(self.relu(self.bn2(self.conv1(activated))))
+        return residual + (x if self.shortcut is None else self.shortcut(activated))
 
 
 def cifar_resnet(depth: int, *, in_channels: int = 3, num_classes: int = 10) -> nn.Sequential:
