@@ -84,7 +84,9 @@ def _check_memory(model: nn.Module) -> None:
     spans = []
     for name, parameter in model.named_parameters():
         if parameter.numel() > 0:
-            last = sum((n - 1) * step for n, step in zip(parameter.shape, parameter.stride(), strict=True))
+            last = sum(
+                (n - 1) * step for n, step in zip(parameter.shape, parameter.stride(), strict=True)
+            )
             begin = parameter.data_ptr()
             spans.append((begin, begin + (last + 1) * parameter.element_size(), name))
     spans.sort()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 import torch
@@ -127,9 +128,10 @@ class FlatMemory:
             leaf.grad = None
         # On every tick, hence whole lists at a time. Autograd lays a dense gradient out like its
         # dense leaf (torch: "Default gradient layouts").
+        present = cast("list[Tensor]", gradients)
         try:
-            addresses = list(map(Tensor.data_ptr, gradients))
-            readable = not any(map(Tensor.is_neg, gradients))
+            addresses = list(map(Tensor.data_ptr, present))
+            readable = not any(map(Tensor.is_neg, present))
         except (TypeError, RuntimeError):  # one is None or sparse
             readable = False
         if not readable:

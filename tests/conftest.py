@@ -85,3 +85,17 @@ def settled_thread_count() -> int:
 
 def thread_names() -> list[str]:
     return [(task / "comm").read_text().strip() for task in TASKS.iterdir()]
+
+
+@pytest.fixture
+def one_torch_thread() -> Iterator[None]:
+    """Parallel regions over tiny tensors take milliseconds each where others use the cores too."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def seeded() -> None:
+    torch.manual_seed(0)

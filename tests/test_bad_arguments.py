@@ -1,0 +1,183 @@
+"""Arguments a runner refuses: the value is named, and the remedy."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from chains import batches
+from refusals import chain, refused, runner_of
+from torch import Tensor, nn
+
+from fdg_cuda import FDGRunner
+from fdg_cuda.schedule import METHODS
+
+pytestmark = pytest.mark.usefixtures("one_torch_thread", "seeded", "no_thread_left")
+
+
+def test_fewer_layers_than_stages() -> None:
+    with refused(ValueError, "3 layers", "4 stages", "at most 3 devices"):
+        runner_of(chain(inner=[]), 4)
+
+
+@pytest.mark.parametrize(
+    ("split", "words"),
+    [
+        ([3, 2], ["increase", "[3, 2]"]),
+        ([2, 2], ["increase", "[2, 2]"]),
+        ([2], ["2 layers", "[2]"]),
+        ([], ["2 layers", "[]"]),
+        ([1, 2, 3], ["2 layers", "[1, 2, 3]"]),
+        ([0, 2], ["between 1 and 4", "[0, 2]"]),
+        ([2, 5], ["between 1 and 4", "[2, 5]"]),
+        ([-1, 2], ["between 1 and 4", "[-1, 2]"]),
+    ],
+)
+def test_split_indices_that_cannot_cut(split: list[int], words: list[str]) -> None:
+    model = chain()
+    with refused(ValueError, "split", *words, model=model):
+        runner_of(model, 3, split=split)
+
+
+@pytest.mark.parametrize("split", [2, [1.5], ["a"]], ids=repr)
+def test_split_of_another_type(split: Any) -> None:
+    with refused((TypeError, ValueError), "split"):
+        runner_of(chain(), split=split)
+
+
+@pytest.mark.parametrize("model", [None, 5, nn.Linear(3, 4), [nn.Tanh(), torch.tanh], "net"])
+def test_model_of_another_type(model: Any) -> None:
+    with refused(TypeError, "nn."):
+        runner_of(model, 1)
+
+
+@pytest.mark.parametrize("model", [[], nn.Sequential()], ids=["list", "Sequential"])
+def test_model_without_layers(model: Any) -> None:
+    with refused(ValueError, "no layers"):
+        runner_of(model, 1)
+
+
+def test_sequential_with_a_forward_of_its_own() -> None:
+    """Its children are not the chain: stages would train another function than evaluate measures."""
+
+    class Scaled(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(100 * x)
+
+    with refused(TypeError, "forward"):
+        runner_of(Scaled(*chain()), split=[2])
+
+
+@pytest.mark.parametrize("device", ["tpu", "", "meta", "cpux", -1], ids=repr)
+def test_unknown_device(device: Any) -> None:
+    with refused(ValueError, repr(device), "'cpu'"):
+        FDGRunner(chain(), ["cpu", device])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without CUDA")
+@pytest.mark.parametrize("device", [0, 1, "cuda", "cuda:0", torch.device("cuda", 0)], ids=repr)
+def test_cuda_device_where_there_is_none(device: Any) -> None:
+    with refused(ValueError, repr(device), "there is none here", "'cpu'"):
+        FDGRunner(chain(), [device, device])
+
+
+def test_cuda_ordinal_beyond_the_last() -> None:
+    with refused(ValueError, "99"):
+        FDGRunner(chain(), [99, 99])
+
+
+@pytest.mark.parametrize(
+    "devices", ["cpu", 0, None, {"cpu"}, ["cpu", None], [True, True]], ids=repr
+)
+def test_devices_of_another_type(devices: Any) -> None:
+    with refused(TypeError, "device"):
+        FDGRunner(chain(), devices)
+
+
+def test_no_devices() -> None:
+    with refused(ValueError, "empty", "['cpu', 'cpu']"):
+        FDGRunner(chain(), [])
+
+
+@pytest.mark.parametrize("beta", [0, 0.0, -0.5, 1.0001, math.nan, math.inf], ids=repr)
+def test_beta_out_of_range(beta: float) -> None:
+    with refused(ValueError, "beta", "above 0 and at most 1", repr(beta)):
+        runner_of(chain(), beta=beta)
+
+
+@pytest.mark.parametrize("beta", [0.0, -0.5, 1.0001, math.nan], ids=repr)
+def test_beta_set_out_of_range_before_fit(beta: float) -> None:
+    model = chain()
+    runner = runner_of(model, split=[2])
+    runner.optimizer.param_groups[0]["beta"] = beta
+    with refused(ValueError, "beta", "above 0 and at most 1", repr(beta), model=model):
+        runner.fit(batches(3))
+    runner.optimizer.param_groups[0]["beta"] = 1.0
+    runner.fit(batches(3))
+
+
+def test_beta_set_out_of_range_while_training() -> None:
+    runner = runner_of(chain(), split=[2])
+
+    def spoil(_: object) -> None:
+        runner.optimizer.param_groups[0]["beta"] = 2.0
+
+    with refused(ValueError, "beta", "2.0"):
+        runner.fit(batches(9), on_batch=spoil)
+    runner.optimizer.param_groups[0]["beta"] = 0.5
+    runner.fit(batches(3))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        (name, value)
+        for name in ("lr", "momentum", "weight_decay")
+        for value in (-0.1, math.nan, math.inf)
+    ],
+)
+@pytest.mark.parametrize("later", [False, True], ids=["given", "set-later"])
+def test_other_hyper_parameters_out_of_range(name: str, value: float, later: bool) -> None:
+    """Set later too: one batch with lr = NaN makes every weight NaN, and no loss shows it."""
+    model = chain()
+    with refused(ValueError, name, repr(value), model=model):
+        runner = runner_of(model, split=[2], **({} if later else {name: value}))
+        runner.optimizer.param_groups[0][name] = value
+        runner.fit(batches(1, last=None))
+
+
+@pytest.mark.parametrize("name", ["lr", "beta"])
+@pytest.mark.parametrize("value", ["0.5", None], ids=repr)
+def test_hyper_parameters_of_another_type(name: str, value: Any) -> None:
+    with refused((TypeError, ValueError), name, repr(value)):
+        runner_of(chain(), **{name: value})
+
+
+def test_nesterov_without_momentum() -> None:
+    with refused(ValueError, "nesterov", "momentum"):
+        runner_of(chain(), nesterov=True, momentum=0.0)
+
+
+def test_second_parameter_group() -> None:
+    runner = runner_of(chain(), split=[2])
+    with refused(ValueError, "one parameter group"):
+        runner.optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))], "lr": 0.1})
+
+
+@pytest.mark.parametrize("option", ["method", "backward_weights"])
+def test_unknown_choice(option: str) -> None:
+    known = {"method": METHODS, "backward_weights": ("stash", "current")}[option]
+    with refused(ValueError, option, "'gpipe'", *known):
+        runner_of(chain(), **{option: "gpipe"})
+
+
+def test_other_arguments_out_of_range() -> None:
+    with refused(ValueError, "cpu_threads", "0"):
+        runner_of(chain(), cpu_threads=0)
+    runner = runner_of(chain(), split=[2])
+    with refused(ValueError, "epochs", "-1"):
+        runner.fit(batches(2), epochs=-1)
+    with refused(ValueError, "lr_step", "'tick'"):
+        runner.fit(batches(2), lr_step="tick")
