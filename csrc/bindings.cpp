@@ -5,10 +5,12 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <atomic>
 #include <chrono>
 #include <memory>
 #include <set>
 #include <string>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -31,6 +33,41 @@ using fdg::cpu::FlatSgd;
 // ticks within which training stops, but for nets so small that nobody would notice.
 constexpr std::chrono::milliseconds kSignalInterval{2};
 
+// Python ends threads that want the GIL once it is shutting down, in the midst of C++ frames, which
+// takes the process down. So the end of the interpreter waits here until no native call is without
+// the GIL and no scheduler is left; from then on calls keep it. Touched with the GIL only.
+struct AtExit {
+  bool ended = false;
+  int calls_without_gil = 0;
+  std::atomic<int> schedulers{0};
+};
+AtExit& at_exit() {
+  static auto* const state = new AtExit();  // never destroyed: daemon threads may outlive statics
+  return *state;
+}
+
+class GilRelease {
+ public:
+  GilRelease() {
+    if (at_exit().ended) return;
+    ++at_exit().calls_without_gil;
+    saved_ = PyEval_SaveThread();
+  }
+  ~GilRelease() {
+    if (!saved_) return;
+    PyEval_RestoreThread(saved_);
+    --at_exit().calls_without_gil;
+  }
+  GilRelease(const GilRelease&) = delete;
+  GilRelease& operator=(const GilRelease&) = delete;
+
+ private:
+  PyThreadState* saved_ = nullptr;
+};
+
+// Python callables this thread is inside of, as a stream.
+thread_local int python_work_depth = 0;
+
 // Destroyed with the GIL, wherever the last reference is dropped.
 class PythonWork final : public fdg::Work {
  public:
@@ -41,6 +78,10 @@ class PythonWork final : public fdg::Work {
   }
   void run(fdg::Stream&, const fdg::Invocation& at) override {
     py::gil_scoped_acquire gil;
+    struct Depth {
+      Depth() { ++python_work_depth; }
+      ~Depth() { --python_work_depth; }
+    } const depth;
     function_(at.batch);
   }
 
@@ -70,17 +111,15 @@ class PyScheduler {
  public:
   PyScheduler(const std::string& backend, const std::vector<std::string>& streams,
               int max_ticks_in_flight, uint64_t delay_seed, int max_delay_us) {
+    if (at_exit().ended) throw std::runtime_error("the interpreter is ending");
     std::unique_ptr<fdg::Scheduler> scheduler;
     {
-      py::gil_scoped_release no_gil;
+      GilRelease no_gil;
       scheduler = std::make_unique<fdg::Scheduler>(make_backend(backend, delay_seed, max_delay_us),
                                                    streams, max_ticks_in_flight);
     }
-    // Its end joins threads that may be waiting for the GIL.
-    scheduler_ = {scheduler.release(), [](fdg::Scheduler* ended) {
-                    py::gil_scoped_release no_gil;
-                    delete ended;
-                  }};
+    ++at_exit().schedulers;
+    scheduler_ = {scheduler.release(), &PyScheduler::end};
     all().insert(this);
   }
   PyScheduler(const PyScheduler&) = delete;
@@ -91,17 +130,23 @@ class PyScheduler {
     close();
   }
 
-  // A call under way in another Python thread ends soon after, and with it the streams' threads.
+  // Returns when the streams' threads have ended; but where another Python thread is inside a call,
+  // or this is called from a stream, they end soon after.
   void close() {
     const auto closed = std::exchange(scheduler_, nullptr);
     if (closed) closed->cancel();
   }
 
-  // Threads that still wanted the GIL when the interpreter ends would take the process down.
   static void close_all() {
-    const std::set<PyScheduler*> open = all();
-    for (PyScheduler* scheduler : open)
-      if (all().count(scheduler) > 0) scheduler->close();
+    while (true) {
+      const std::set<PyScheduler*> known = all();
+      for (PyScheduler* scheduler : known)
+        if (all().count(scheduler) > 0) scheduler->close();
+      if (at_exit().schedulers == 0 && at_exit().calls_without_gil == 0) break;
+      py::gil_scoped_release no_gil;
+      std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    }
+    at_exit().ended = true;
   }
 
   // Held by every call for as long as it lasts: another Python thread may close the scheduler.
@@ -126,14 +171,14 @@ class PyScheduler {
 
   void submit(int tick_id, int64_t tick) {
     const auto scheduler = open();
-    wait([&] { return scheduler->wait_for_room(kSignalInterval); });
-    py::gil_scoped_release no_gil;
+    wait(*scheduler, [&] { return scheduler->wait_for_room(kSignalInterval); });
+    GilRelease no_gil;
     scheduler->submit(tick_id, tick);
   }
 
   void synchronize() {
     const auto scheduler = open();
-    wait([&] { return scheduler->wait_idle(kSignalInterval); });
+    wait(*scheduler, [&] { return scheduler->wait_idle(kSignalInterval); });
   }
 
   std::shared_ptr<fdg::trace::Log> log() const {
@@ -142,7 +187,7 @@ class PyScheduler {
   }
 
  private:
-  // Those that exist; touched with the GIL only. Never destroyed: the last may outlive statics.
+  // Those that exist. Touched with the GIL only, and never destroyed, as AtExit.
   static std::set<PyScheduler*>& all() {
     static auto* const schedulers = new std::set<PyScheduler*>();
     return *schedulers;
@@ -166,18 +211,38 @@ class PyScheduler {
 
   // A Python error can be handed back to Python only once, so after that a plain one is thrown.
   template <class Ready>
-  void wait(const Ready& ready) {
+  void wait(const fdg::Scheduler& scheduler, const Ready& ready) {
     if (failed_) throw std::runtime_error("this scheduler has failed before; make a new one");
     while (true) {
       try {
-        py::gil_scoped_release no_gil;
-        if (ready()) return;
+        if (without_gil(ready)) break;
       } catch (...) {
         failed_ = true;
         throw;
       }
       if (PyErr_CheckSignals() != 0) throw py::error_already_set();
     }
+    if (scheduler_.get() != &scheduler)
+      throw std::runtime_error("this scheduler was closed by another thread");
+  }
+
+  template <class Function>
+  static auto without_gil(const Function& function) {
+    GilRelease no_gil;
+    return function();
+  }
+
+  // Joins the streams' threads, which may be waiting for the GIL; not on one of them.
+  static void end(fdg::Scheduler* scheduler) {
+    const auto join = [scheduler] {
+      delete scheduler;
+      --at_exit().schedulers;
+    };
+    GilRelease no_gil;
+    if (python_work_depth > 0)
+      std::thread(join).detach();
+    else
+      join();
   }
 
   bool failed_ = false;
@@ -218,8 +283,7 @@ PYBIND11_MODULE(_core, m) {
   py::module_::import("atexit").attr("register")(py::cpp_function(&PyScheduler::close_all));
 
   m.def("keep_freed_memory", &fdg::cpu::keep_freed_memory);
-  m.def("return_freed_memory", &fdg::cpu::return_freed_memory,
-        py::call_guard<py::gil_scoped_release>());
+  m.def("return_freed_memory", &fdg::cpu::return_freed_memory, py::call_guard<GilRelease>());
 
   py::class_<fdg::Work, std::shared_ptr<fdg::Work>>(m, "Work");
 
@@ -231,7 +295,7 @@ PYBIND11_MODULE(_core, m) {
       .def("update", &FlatSgd::update, py::arg("source"), py::arg("target"))
       .def("copy", &FlatSgd::copy, py::arg("source"), py::arg("target"))
       .def("run_update", &FlatSgd::run_update, py::arg("source"), py::arg("target"),
-           py::arg("batch"), py::call_guard<py::gil_scoped_release>());
+           py::arg("batch"), py::call_guard<GilRelease>());
 
   py::class_<PyScheduler>(m, "Scheduler")
       .def(py::init<const std::string&, const std::vector<std::string>&, int, uint64_t, int>(),
@@ -288,5 +352,5 @@ PYBIND11_MODULE(_core, m) {
       .def_readonly("reads_from", &fdg::trace::Report::reads_from)
       .def_property_readonly("clean", &fdg::trace::Report::clean);
   m.def("check_happens_before", &fdg::trace::check_happens_before, py::arg("operations"),
-        py::call_guard<py::gil_scoped_release>());
+        py::call_guard<GilRelease>());
 }

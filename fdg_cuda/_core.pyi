@@ -47,7 +47,9 @@ class Scheduler:
     """Runs ticks of actions on the streams of one backend (``"cpu"`` or ``"trace"``).
 
     One Python thread at a time may use it, except for ``cancel`` and ``close``: those may be called
-    by any, and end what another is waiting for. All are closed before the interpreter ends.
+    by any. What another thread is waiting for then ends with RuntimeError, and the streams' threads
+    soon after; otherwise they have ended when ``close`` returns. All are closed, and their threads
+    joined, before the interpreter ends.
     """
 
     def __init__(

@@ -26,6 +26,12 @@ def check_batch(item: Any, number: int) -> Batch:
         raise TypeError(f"batch {number}: the loader must yield pairs (input, target); got {got}")
     x, y = item
     for name, value in (("input", x), ("target", y)):
+        if isinstance(value, (tuple, list)) and any(isinstance(part, Tensor) for part in value):
+            raise TypeError(
+                f"batch {number}: the {name} is a {type(value).__name__} of {len(value)} parts, but a "
+                f"chain takes one tensor and the loss another; torch.stack or torch.cat them, and "
+                f"take them apart in the first layer or in loss_fn"
+            )
         if not isinstance(value, Tensor):
             raise TypeError(
                 f"batch {number}: the {name} must be a tensor; got a {type(value).__name__}. "

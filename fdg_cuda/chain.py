@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -83,21 +83,27 @@ def _check_memory(model: nn.Module) -> None:
     """Parameters that are tied by their memory (``a.data = b.data``) would be trained apart."""
     spans = []
     for name, parameter in model.named_parameters():
-        if parameter.numel() > 0:
-            last = sum(
-                (n - 1) * step for n, step in zip(parameter.shape, parameter.stride(), strict=True)
-            )
+        if parameter.layout == torch.strided and parameter.dtype in TRAINABLE_DTYPES:
+            steps = zip(parameter.shape, parameter.stride(), strict=True)
+            last = sum((size - 1) * step for size, step in steps)
             begin = parameter.data_ptr()
-            spans.append((begin, begin + (last + 1) * parameter.element_size(), name))
-    spans.sort()
-    for (_, end, first), (begin, _, second) in itertools.pairwise(spans):
-        if begin < end:
-            raise ValueError(
-                f"parameters {first} and {second} lie in the same memory, but are two parameters: "
-                f"training would untie them. Tie them by assigning the parameter itself "
-                f"(b.weight = a.weight), or give each its own memory (b.weight.data = "
-                f"b.weight.data.clone())."
-            )
+            spans.append((begin, begin + (last + 1) * parameter.element_size(), name, parameter))
+    spans.sort(key=lambda span: span[:2])
+    open_spans: list[tuple[int, int, str, nn.Parameter]] = []
+    for span in spans:
+        begin, _, name, parameter = span
+        open_spans = [earlier for earlier in open_spans if earlier[1] > begin]
+        for _, _, other, known in open_spans:
+            if (parameter.requires_grad or known.requires_grad) and np.shares_memory(
+                parameter.detach().numpy(), known.detach().numpy()
+            ):
+                raise ValueError(
+                    f"parameters {other} and {name} lie in the same memory, but are two parameters: "
+                    f"training would untie them. Tie them by assigning the parameter itself "
+                    f"(b.weight = a.weight), or give each its own memory (b.weight.data = "
+                    f"b.weight.data.clone())."
+                )
+        open_spans.append(span)
 
 
 def check_shared(model: nn.Module, stages: Sequence[Sequence[nn.Module]]) -> None:

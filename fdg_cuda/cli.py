@@ -229,7 +229,10 @@ def _run(training: Training) -> int:
 def _verdict(outcome: Outcome) -> int:
     finished = f"{len(outcome.rows)} of {outcome.settings.epochs} epochs were finished"
     if outcome.status == "interrupted":
-        _complain(f"interrupted: {finished}; the files hold what was trained until then", "")
+        kept = "the files hold the last of them"
+        if not outcome.rows:
+            kept = "weights.safetensors holds what was trained until then"
+        _complain(f"interrupted: {finished}; {kept}", "")
         return INTERRUPTED
     if outcome.status == "diverged":
         kept = "weights.safetensors holds the last finite weights"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class NonFiniteLossError(ArithmeticError):
     """The loss of a batch (or a weight behind the epoch's last one) became NaN or infinite, and
@@ -24,6 +27,17 @@ class NonFiniteLossError(ArithmeticError):
             f"model holds the weights the epoch began with. A smaller lr, more warm-up, a smaller "
             f"beta or fewer stages keep delayed gradients stable."
         )
+
+
+@contextmanager
+def said_where(where: str) -> Iterator[None]:
+    """An exception of the user's code goes on as it is, with a note (Python 3.11) of ``where``."""
+    try:
+        yield
+    except Exception as error:
+        if hasattr(error, "add_note"):
+            error.add_note(f"(in {where})")
+        raise
 
 
 class AliasedParameterError(RuntimeError):

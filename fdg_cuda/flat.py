@@ -126,12 +126,15 @@ class FlatMemory:
         gradients = [leaf.grad for leaf in leaves]
         for leaf in leaves:
             leaf.grad = None
-        # On every tick, hence whole lists at a time. Autograd lays a dense gradient out like its
-        # dense leaf (torch: "Default gradient layouts").
+        # On every tick, hence whole lists at a time.
         present = cast("list[Tensor]", gradients)
         try:
             addresses = list(map(Tensor.data_ptr, present))
-            readable = not any(map(Tensor.is_neg, present))
+            readable = (
+                list(map(Tensor.stride, present)) == self._strides
+                and not any(map(Tensor.is_neg, present))
+                and 0 not in addresses
+            )
         except (TypeError, RuntimeError):  # one is None or sparse
             readable = False
         if not readable:
@@ -177,14 +180,19 @@ class FlatMemory:
         ]
 
     def _readable(self, gradient: Tensor, leaf: Tensor) -> Tensor:
-        """``gradient`` as memory the update may read: dense, and without a lazy sign."""
+        """``gradient`` as memory the update may read: laid out like ``leaf``, no lazy sign or zero."""
         if gradient.layout != torch.strided:
             raise TypeError(
                 f"stage {self.stage}: a parameter of shape {tuple(leaf.shape)} got a gradient of "
                 f"layout {gradient.layout}; the fused update needs dense ones. Build the layer "
                 f"without sparse gradients (nn.Embedding(..., sparse=False))."
             )
-        return gradient.resolve_neg()
+        # The stride of a dimension of size 1 means nothing.
+        steps = zip(gradient.shape, gradient.stride(), leaf.stride(), strict=True)
+        laid_out_alike = all(theirs == ours for size, theirs, ours in steps if size > 1)
+        if laid_out_alike and not gradient.is_neg() and not gradient._is_zerotensor():
+            return gradient
+        return torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype).copy_(gradient)
 
 
 def _common_dtype(parameters: Sequence[nn.Parameter], stage: int) -> torch.dtype:

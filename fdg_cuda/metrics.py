@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 @dataclass(frozen=True)
@@ -78,3 +79,18 @@ def count_correct(output: Tensor, target: Tensor) -> int | None:
     if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
         return None
     return int((output.argmax(dim=1) == target).sum())
+
+
+def cross_entropy(output: Tensor, target: Tensor) -> Tensor:
+    """``torch.nn.functional.cross_entropy``, the default loss.
+
+    Raises:
+        ValueError: the output has one column, of which the cross entropy is always 0.
+    """
+    if output.ndim > 1 and output.shape[1] == 1:
+        raise ValueError(
+            f"the model's output has shape {tuple(output.shape)}, one class, whose cross entropy (the "
+            f"default loss) is always 0; give loss_fn=torch.nn.functional.mse_loss, "
+            f"binary_cross_entropy_with_logits or what you mean"
+        )
+    return F.cross_entropy(output, target)

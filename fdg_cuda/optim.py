@@ -100,3 +100,27 @@ def _checked_beta(value: Any) -> float:
             f"beta must be above 0 and at most 1 (1: gradients are not shrunk); got {value!r}"
         )
     return number
+
+
+def check_scheduler(scheduler: Any, optimizer: DelayedSGD) -> None:
+    """Raises:
+    TypeError: it is no scheduler, or one whose step wants a metric.
+    ValueError: it drives another optimizer.
+    """
+    if scheduler is None:
+        return
+    if not callable(getattr(scheduler, "step", None)):
+        raise TypeError(
+            f"lr_scheduler must be a torch.optim.lr_scheduler made for runner.optimizer; got a "
+            f"{type(scheduler).__name__}"
+        )
+    if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+        raise TypeError(
+            "ReduceLROnPlateau wants a metric at each step; call it yourself: "
+            "fit(..., on_epoch=lambda epoch: scheduler.step(epoch.loss))"
+        )
+    if getattr(scheduler, "optimizer", optimizer) is not optimizer:
+        raise ValueError(
+            "lr_scheduler drives another optimizer, so it would change nothing here; make it with "
+            "runner.optimizer"
+        )

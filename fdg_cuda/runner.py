@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.modules.dropout import _DropoutNd
 
 from fdg_cuda.batches import Batches, Loader
@@ -27,8 +26,9 @@ from fdg_cuda.metrics import (
     Evaluation,
     History,
     count_correct,
+    cross_entropy,
 )
-from fdg_cuda.optim import DelayedSGD
+from fdg_cuda.optim import DelayedSGD, check_scheduler
 from fdg_cuda.pipeline import LossFunction, Pipeline, torch_threads
 from fdg_cuda.schedule import Schedule
 from fdg_cuda.split import balance, check_split, measure
@@ -106,7 +106,7 @@ class FDGRunner:
             raise ValueError(f"cpu_threads must be at least 1; got {cpu_threads}")
         check_parameters(self._model)
         self._backward_weights = backward_weights
-        self._loss_fn = loss_fn if loss_fn is not None else F.cross_entropy
+        self._loss_fn = loss_fn if loss_fn is not None else cross_entropy
         self._cpu_threads = cpu_threads
         self.optimizer = DelayedSGD(
             [p for p in self._model.parameters() if p.requires_grad],
@@ -118,6 +118,7 @@ class FDGRunner:
         )
         self._split: list[int] | None = None
         self._stages: list[Stage] = []
+        self._history: History | None = None
         self._fitting = False
         self._running = False  # fitting, and not drained
         # For tests: (seed, longest delay in microseconds) put before every action.
@@ -143,6 +144,15 @@ class FDGRunner:
     def stages(self) -> list[Stage]:
         """The stages, in order; empty before the model was cut."""
         return list(self._stages)
+
+    @property
+    def history(self) -> History | None:
+        """What the latest ``fit`` recorded, as far as it came; None before any."""
+        return self._history
+
+    def __repr__(self) -> str:
+        devices = ", ".join(map(str, self._devices))
+        return f"FDGRunner({self._schedule.method!r} on {devices}, split={self._split})"
 
     def state_dict(self) -> dict[str, Tensor]:
         """A copy of the model's weights and buffers, with the model's own keys, on the CPU."""
@@ -185,7 +195,8 @@ class FDGRunner:
             loader: any iterable of (input, target) tensors; iterated once per epoch.
             epochs: how often.
             lr_scheduler: a ``torch.optim.lr_scheduler`` made for :attr:`optimizer`, to be stepped
-                here after every epoch or batch. (Or call its ``step`` yourself between fits.)
+                here after every epoch or batch. (Or call its ``step`` yourself in ``on_epoch``, as
+                ``ReduceLROnPlateau`` wants it.)
             lr_step: ``"epoch"`` or ``"batch"``.
             on_batch: called for each batch, in order, a few ticks after its loss is known: always
                 just as many, so that what it changes (a learning rate) does not depend on timing.
@@ -198,6 +209,7 @@ class FDGRunner:
         Raises:
             NonFiniteLossError: a loss became NaN or infinite; the model holds the weights with which
                 that epoch began.
+            TypeError, ValueError: a scheduler that cannot be stepped here.
             KeyboardInterrupt: on Ctrl-C, within two ticks; every stage holds its newest weights,
                 and stages may differ by the updates that were under way.
             Exception: whatever the model, the loss or the loader raised. No thread is left, and
@@ -216,7 +228,8 @@ class FDGRunner:
                 "forward, or train without it"
             )
         self._check_model()
-        history = History()
+        check_scheduler(lr_scheduler, self.optimizer)
+        self._history = history = History()
         if epochs == 0:
             return history
         if not any(module.training for module in self._layers):
@@ -376,7 +389,10 @@ class FDGRunner:
         """
         self._refuse_while_running("predict")
         if not isinstance(x, Tensor):
-            raise TypeError(f"predict takes a tensor; got a {type(x).__name__}")
+            raise TypeError(
+                f"predict takes a tensor; got a {type(x).__name__}. For a loader: "
+                f"torch.cat([runner.predict(x) for x, _ in loader])"
+            )
         with self._inference():
             output: Tensor = self._model(x.clone())
         return output

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fdg_cuda.buffers import SavedBuffers
 from fdg_cuda.chain import check_loss, check_output
+from fdg_cuda.errors import said_where
 
 logger = logging.getLogger("fdg_cuda")
 
@@ -25,12 +26,15 @@ def check_split(split: Sequence[int], layers: int, stages: int) -> list[int]:
         ValueError: wrong number of indices, out of order, or out of range.
     """
     if isinstance(split, (str, int)) or not all(isinstance(index, int) for index in split):
-        raise ValueError(f"split must be a list of layer numbers, such as [3, 7]; got {split!r}")
+        raise ValueError(
+            f"split must be a list of layer numbers, such as [3, 7], or None to measure "
+            f"where to cut; got {split!r}"
+        )
     cuts = list(split)
     if len(cuts) != stages - 1:
         raise ValueError(
-            f"split must name the {stages - 1} layers at which stages 1 to {stages - 1} begin (one "
-            f"less than there are devices); got {cuts}"
+            f"split must name {stages - 1} of the layers, where stages 1, 2, ... begin (one less "
+            f"than there are devices); got {cuts}"
         )
     if any(a >= b for a, b in itertools.pairwise(cuts)):
         raise ValueError(f"split indices must increase; got {cuts}")
@@ -128,9 +132,11 @@ def _one_pass(
             leaf.requires_grad_()
         value = leaf.clone()
         begin = time.perf_counter()
-        output = check_output(layer(value), f"layer {number}")
+        with said_where(f"layer {number}, a {type(layer).__name__}, at the first batch"):
+            output = check_output(layer(value), f"layer {number}")
         if number == len(layers) - 1:
-            output = check_loss(loss(output, target), 0)
+            with said_where("the loss of the first batch"):
+                output = check_loss(loss(output, target), 0)
         seconds.append(time.perf_counter() - begin)
         inputs.append(leaf)
         outputs.append(output)

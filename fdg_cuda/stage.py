@@ -14,7 +14,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from fdg_cuda._core import FlatSgd, Work
 from fdg_cuda.buffers import SavedBuffers
 from fdg_cuda.chain import check_output
-from fdg_cuda.errors import AliasedParameterError
+from fdg_cuda.errors import AliasedParameterError, said_where
 from fdg_cuda.flat import FlatMemory
 from fdg_cuda.program import INBOX_HALVES
 from fdg_cuda.schedule import Action, Kind
@@ -209,12 +209,14 @@ class Stage:
     def _forward(self, slot: int, copy: int, batch: int) -> None:
         self._sites.install(self.memory.leaves[copy])
         leaf = self._take_input(batch)
-        output = self._run_layers(leaf, batch)
+        with said_where(f"the forward of batch {batch} at stage {self.index}"):
+            output = self._run_layers(leaf, batch)
         held = self._slots[slot]
         held.input = leaf
         if self.above is None:
             assert self.loss is not None
-            held.root = self.loss(output, batch)
+            with said_where(f"the loss of batch {batch}"):
+                held.root = self.loss(output, batch)
         else:
             held.root = output
             self._output = output.detach()
@@ -266,7 +268,8 @@ class Stage:
         # Without an error signal the stages above do not depend on this one: nothing to do, as in
         # a plain backward.
         if root.requires_grad and (self.above is None or error is not None):
-            torch.autograd.backward([root], [error])
+            with said_where(f"the backward of batch {batch} at stage {self.index}"):
+                torch.autograd.backward([root], [error])
         self.memory.collect_gradients(copy)
         if self.below is not None:
             self._error = leaf.grad

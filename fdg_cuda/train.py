@@ -133,6 +133,7 @@ class Training:
         }
         self._settings = settings
         self._rows: list[EpochRow] = []
+        self._saved_rows = 0
         self._files: list[str] = []
         self.out = Path(str(settings.out))
         if self.out.exists() and not self.out.is_dir():
@@ -180,7 +181,9 @@ class Training:
         except NonFiniteLossError as error:
             status, message = "diverged", str(error)
         seconds = time.perf_counter() - begin
-        self._save()
+        # The files of an epoch belong together; half an epoch more has no row in metrics.csv.
+        if self._saved_rows < max(1, len(self._rows)):
+            self._save()
         draw_curves(self._file("curves.png"), self._rows, self._title())
         return Outcome(status, self._rows, seconds, self._files, self.settings, message)
 
@@ -233,6 +236,7 @@ class Training:
             save_weights(self._file("weights.safetensors"), weights, self._metadata)
         write_metrics(self._file("metrics.csv"), self._rows)
         write_settings(self._file("settings.json"), self._record())
+        self._saved_rows = len(self._rows)
 
     def _file(self, name: str) -> Path:
         if name not in self._files:
@@ -244,6 +248,7 @@ class Training:
             "command": self.settings.command(),
             "settings": asdict(self.settings),
             "layers": len(self.model),
+            "epochs_finished": len(self._rows),
             "versions": {
                 "fdg_cuda": __version__,
                 "python": platform.python_version(),

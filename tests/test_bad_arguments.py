@@ -27,9 +27,9 @@ def test_fewer_layers_than_stages() -> None:
     [
         ([3, 2], ["increase", "[3, 2]"]),
         ([2, 2], ["increase", "[2, 2]"]),
-        ([2], ["2 layers", "[2]"]),
-        ([], ["2 layers", "[]"]),
-        ([1, 2, 3], ["2 layers", "[1, 2, 3]"]),
+        ([2], ["2 of the layers", "[2]"]),
+        ([], ["2 of the layers", "[]"]),
+        ([1, 2, 3], ["2 of the layers", "[1, 2, 3]"]),
         ([0, 2], ["between 1 and 4", "[0, 2]"]),
         ([2, 5], ["between 1 and 4", "[2, 5]"]),
         ([-1, 2], ["between 1 and 4", "[-1, 2]"]),

@@ -20,13 +20,18 @@ def output_of(*command: str) -> str:
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="reads x86-64 machine code")
-@pytest.mark.parametrize("kind", ["ps", "pd"], ids=["float32", "float64"])
-def test_the_update_is_vectorised(kind: str) -> None:
+@pytest.mark.parametrize(("cpp_type", "kind"), [("f", "ps"), ("d", "pd")], ids=["float", "double"])
+def test_the_update_is_vectorised(cpp_type: str, kind: str) -> None:
     if shutil.which("objdump") is None:
         pytest.skip("no objdump: install binutils")
     code = output_of("objdump", "-d", "--no-show-raw-insn", str(_core.__file__))
-    assert re.search(rf"\bvfmadd\w+{kind}\s.*%ymm", code), "no packed fused multiply-add"
-    assert re.search(r"\bv?movnt(dq|p[sd])\s", code), "no store past the cache"
+    functions = re.findall(rf"<\S*update_avx2I{cpp_type}\S*>:\n((?:.+\n)+)", code)
+    assert functions
+    body = "".join(functions)
+    # Fused multiply-adds of the three rules: without momentum 2, with it 2, Nesterov 3; each in a
+    # loop that stores past the cache and in one that does not.
+    assert len(re.findall(rf"\bvfn?madd\w+{kind}\s.*%ymm", body)) >= 2 * (2 + 2 + 3)
+    assert len(re.findall(r"\bvmovnt(?:dq|p[sd])\s", body)) >= 3, "no stores past the cache"
 
 
 @pytest.mark.skipif(platform.system() != "Linux", reason="reads ELF")

@@ -15,11 +15,14 @@ from typing import Any
 
 import pytest
 import torch
+from chains import same_bits
 from matplotlib.image import imread
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from fdg_cuda import _core, cli, data, doctor, models, reference
+from fdg_cuda import FDGRunner, _core, cli, data, doctor, models, reference
+from fdg_cuda.batches import Loader
+from fdg_cuda.metrics import Evaluation
 from fdg_cuda.settings import Settings
 from fdg_cuda.train import lr_factor
 
@@ -183,7 +186,36 @@ def test_ctrl_c_writes_what_there_is(tmp_path: Path) -> None:
     assert "interrupted" in errors
     assert "written" in output
     check_files(tmp_path / "out", "mlp")
-    assert len(metrics(tmp_path / "out")) >= 1
+    rows = metrics(tmp_path / "out")
+    assert len(rows) >= 1
+    record = json.loads((tmp_path / "out" / "settings.json").read_text())
+    assert record["epochs_finished"] == len(rows)
+    assert f"{len(rows)} of 100000 epochs were finished" in errors
+
+
+def test_interrupted_files_belong_to_one_epoch(
+    run_cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The weights are those of the last row of metrics.csv, not of the epoch that was broken off."""
+    options = f"{MLP} --epochs 4 --milestones 9 --warmup-epochs 0 --out"
+    assert run_cli(f"{options} whole --epochs 2") == 0
+    evaluate = FDGRunner.evaluate
+    calls = 0
+
+    def interrupted(runner: FDGRunner, loader: Loader) -> Evaluation:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise KeyboardInterrupt
+        return evaluate(runner, loader)
+
+    monkeypatch.setattr(FDGRunner, "evaluate", interrupted)
+    assert run_cli(f"{options} broken") == 130
+    assert len(metrics(tmp_path / "broken")) == 2
+    whole, broken = (
+        load_file(tmp_path / run / "weights.safetensors") for run in ("whole", "broken")
+    )
+    assert same_bits(whole, broken)
 
 
 @pytest.mark.parametrize("when", ["loading", "first epoch"])
@@ -252,7 +284,7 @@ def test_results_that_cannot_be_written(
         ("--beta 1.5", "above 0 and at most 1"),
         ("--split one", "such as 3,7"),
         ("--split 4", "between 1 and 3"),
-        ("--split 1,2", "name the 1 layers"),
+        ("--split 1,2", "name 1 of the layers"),
         ("--method gpipe", "fdg, ddg, bp"),
         ("--backward-weights old", "stash, current"),
         ("--lr -1", "0 or more"),

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from chains import batches, even_split, mlp, oracle, same_bits
+from torch import nn
 from torch.nn import functional as F
 from versions import (
     LAYERS,
@@ -16,7 +17,7 @@ from versions import (
     state,
 )
 
-from fdg_cuda import BatchResult
+from fdg_cuda import BatchResult, EpochResult
 from fdg_cuda.schedule import METHODS
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread", "seeded", "no_thread_left")
@@ -96,3 +97,31 @@ def test_no_epochs() -> None:
     history = runner_of(model, split=None).fit(batches(2), epochs=0)
     assert history.batch_losses == history.epochs == []
     assert same_bits(state(model), before)
+
+
+def test_history_of_an_interrupted_fit() -> None:
+    runner = runner_of(mlp())
+    assert runner.history is None
+
+    def stop(result: EpochResult) -> None:
+        if result.epoch == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        runner.fit(batches(4), epochs=5, on_epoch=stop)
+    assert runner.history is not None
+    assert len(runner.history.epochs) == 2
+    assert len(runner.history.batch_losses) == 8
+
+
+def test_one_class_wants_another_loss() -> None:
+    model = mlp()
+    model[-1] = nn.Linear(12, 1).double()
+    data = [(x, x.sum(dim=1, keepdim=True)) for x, _ in batches(3)]
+    with pytest.raises(ValueError, match="mse_loss"):
+        runner_of(model).fit(data)
+    assert len(runner_of(model, loss_fn=F.mse_loss).fit(data).batch_losses) == 3
+
+
+def test_what_a_runner_says_of_itself() -> None:
+    assert repr(runner_of(mlp())) == "FDGRunner('fdg' on cpu, cpu, split=[4])"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 import traceback
 from collections.abc import Callable
 
@@ -136,3 +137,20 @@ def test_exception_in_a_callback(
     runner.fit(batches(5))
     expected, _ = oracle_of(initial, split, batches(5), momentum=0.0)
     assert largest_difference(state(model), expected) < TOLERANCE
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="exceptions have no notes")
+@pytest.mark.parametrize(
+    ("place", "note"),
+    [
+        ("forward 1", "(in the forward of batch 3 at stage 1)"),
+        ("backward 2", "(in the backward of batch 3 at stage 2)"),
+        ("loss", "(in the loss of batch 3)"),
+    ],
+)
+def test_exceptions_say_where_they_happened(place: str, note: str) -> None:
+    scene = Scene()
+    scene.set(place, 3)
+    with pytest.raises(TroubleError) as caught:
+        scene.runner().fit(scene.loader)
+    assert caught.value.__notes__ == [note]

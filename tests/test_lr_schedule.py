@@ -92,3 +92,31 @@ def test_hyper_parameters_out_of_range(name: str, value: float) -> None:
         FDGRunner(mlp(), ["cpu"], **{name: value})
     with pytest.raises(ValueError, match="nesterov"):
         FDGRunner(mlp(), ["cpu"], nesterov=True, momentum=0.0)
+
+
+def plateau(runner: FDGRunner) -> object:
+    return torch.optim.lr_scheduler.ReduceLROnPlateau(runner.optimizer)
+
+
+def of_another(_: FDGRunner) -> object:
+    other = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+    return torch.optim.lr_scheduler.StepLR(other, 1)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "words"),
+    [
+        (lambda _: "cos", TypeError, "runner.optimizer; got a str"),
+        (plateau, TypeError, "on_epoch"),
+        (of_another, ValueError, "another optimizer"),
+    ],
+    ids=["no scheduler", "wants a metric", "another optimizer"],
+)
+def test_schedulers_that_would_not_work(
+    make: Callable[[FDGRunner], object], error: type[Exception], words: str
+) -> None:
+    """Said before the first batch, not after the first epoch."""
+    runner = FDGRunner(mlp(), ["cpu"])
+    with pytest.raises(error, match=words):
+        runner.fit(batches(3), lr_scheduler=make(runner))
+    assert runner.history is None

@@ -8,7 +8,7 @@ import pytest
 import torch
 from chains import CLASSES, FEATURES, batches, largest_difference, oracle, same_bits
 from refusals import SPLITS, TOLERANCE, WIDTH, agrees_with_oracle, chain, refused, runner_of
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fdg_cuda.schedule import METHODS
@@ -103,6 +103,48 @@ def test_parameters_tied_by_memory_only(split: list[int], when: str) -> None:
             runner.fit(batches(2))
     model[4].weight = model[2].weight
     runner_of(model, split=[2]).fit(batches(2))
+
+
+class Two(nn.Module):
+    """Adds two matrix products."""
+
+    def __init__(self, a: Tensor, b: Tensor, *, trained: bool) -> None:
+        super().__init__()
+        self.a = nn.Parameter(a, requires_grad=trained)
+        self.b = nn.Parameter(b, requires_grad=trained)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.a + x @ self.b
+
+
+def test_parameters_side_by_side_in_one_memory() -> None:
+    """Their spans overlap, their elements do not."""
+    both = torch.randn(WIDTH, 2 * WIDTH, dtype=torch.float64)
+    model = chain(inner=[nn.Tanh()])
+    model[2] = Two(both[:, :WIDTH], both[:, WIDTH:], trained=True)
+    agrees_with_oracle(model, [1])
+
+
+def test_frozen_parameters_may_share_memory() -> None:
+    one = torch.randn(WIDTH, WIDTH, dtype=torch.float64)
+    model = chain(inner=[nn.Tanh()])
+    model[2] = Two(one, one, trained=False)
+    agrees_with_oracle(model, [1])
+
+
+def test_frozen_sparse_parameter() -> None:
+    class Sparse(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            adjacency = torch.eye(WIDTH, dtype=torch.float64).to_sparse()
+            self.adjacency = nn.Parameter(adjacency, requires_grad=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.sparse.mm(self.adjacency, x.t()).t()
+
+    model = chain(inner=[nn.Tanh()])
+    model[2] = Sparse()
+    assert len(runner_of(model, split=[1]).fit(batches(3)).batch_losses) == 3
 
 
 def test_another_runner_may_cut_elsewhere() -> None:

@@ -31,6 +31,7 @@ def test_the_oracle_shares_no_code_with_the_package() -> None:
         )
     }
     assert not [name for name in modules if name is None or name.startswith("fdg_cuda")]
+    assert not any(isinstance(node, ast.ImportFrom) and node.level for node in ast.walk(tree))
     assert "torch" in modules
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 
@@ -45,10 +46,9 @@ def test_close_ends_what_another_thread_waits_for(last_call: str) -> None:
     def use() -> None:
         for number in range(4):  # as many as may be in flight
             scheduler.submit(tick, number)
-        if last_call == "submit":
-            scheduler.submit(tick, 4)
-        else:
-            scheduler.synchronize()
+        call = {"submit": partial(scheduler.submit, tick, 4), "synchronize": scheduler.synchronize}
+        with pytest.raises(RuntimeError, match="closed"):
+            call[last_call]()
         returned.set()
 
     user = threading.Thread(target=use)
@@ -62,29 +62,68 @@ def test_close_ends_what_another_thread_waits_for(last_call: str) -> None:
     assert ran == [0]  # what had not begun was dropped
 
 
-@pytest.mark.parametrize("daemon", [False, True], ids=["main thread", "daemon thread"])
-def test_the_interpreter_may_end_with_a_scheduler_at_work(daemon: bool) -> None:
-    program = f"""
-import threading, time
-from fdg_cuda._core import Scheduler
-scheduler = Scheduler("cpu", ["only"])
-action = scheduler.add_action(code="F", stage=0, slot=0, stream=0, reads=[], writes=[],
-                              work=lambda batch: time.sleep(0.01))
-tick = scheduler.add_tick([(action, 0)])
-begun = threading.Event()
-def submit():
-    for number in range(4 if not {daemon} else 10**6):
-        scheduler.submit(tick, number)
-        begun.set()
-if {daemon}:
-    threading.Thread(target=submit, daemon=True).start()
-    begun.wait()
-else:
-    submit()
-print("the end", flush=True)
-"""
+def test_close_within_an_action(no_thread_left: Callable[[], None]) -> None:
+    closed = threading.Event()
+
+    def work(_: int) -> None:
+        scheduler.close()
+        closed.set()
+
+    scheduler, tick = scheduler_of(work)
+    scheduler.submit(tick, 0)
+    assert closed.wait(60)
+    no_thread_left()
+
+
+def ends_well(program: str) -> None:
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == "the end\n"
+
+
+SCHEDULER = """
+import threading, time
+from fdg_cuda._core import Scheduler
+scheduler = Scheduler("cpu", ["only"])
+begun = threading.Event()
+def work(batch):
+    begun.set()
+    time.sleep({seconds})
+action = scheduler.add_action(code="F", stage=0, slot=0, stream=0, reads=[], writes=[], work=work)
+tick = scheduler.add_tick([(action, 0)])
+def submit(count):
+    for number in range(count):
+        scheduler.submit(tick, number)
+"""
+FIT = """
+import threading, torch
+from torch import nn
+from fdg_cuda import FDGRunner
+begun = threading.Event()
+def loss_fn(output, target):
+    begun.set()
+    return nn.functional.cross_entropy(output, target)
+def fit():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2))
+    runner = FDGRunner(model, ["cpu", "cpu"], split=[1], loss_fn=loss_fn)
+    runner.fit([(torch.randn(8, 4), torch.randint(0, 2, (8,)))] * 1000, epochs=1000)
+"""
+END = "begun.wait()\nprint('the end', flush=True)\n"
+IN_DAEMON = "threading.Thread(target={}, daemon=True).start()\n"
+
+
+@pytest.mark.parametrize("seconds", [0.01, 0.5])
+def test_the_interpreter_may_end_with_a_scheduler_at_work(seconds: float) -> None:
+    ends_well(SCHEDULER.format(seconds=seconds) + "submit(4)\n" + END)
+
+
+@pytest.mark.parametrize("seconds", [0.01, 0.5])
+def test_the_interpreter_may_end_while_a_daemon_thread_submits(seconds: float) -> None:
+    submits = IN_DAEMON.format("lambda: submit(10**6)")
+    ends_well(SCHEDULER.format(seconds=seconds) + submits + END)
+
+
+def test_the_interpreter_may_end_while_a_daemon_thread_fits() -> None:
+    ends_well(FIT + IN_DAEMON.format("fit") + END)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -139,3 +140,40 @@ def test_nan_and_infinity_pass_through() -> None:
     memory.native_sgd(hyper, 1).run_update(0, 0, 0)
     assert memory.leaves[0][0].isnan().tolist() == [True, False, False]
     assert memory.leaves[0][0].isinf().tolist() == [False, True, False]
+
+
+def changed_strides(gradient: torch.Tensor) -> torch.Tensor:
+    return gradient.t().contiguous().t()
+
+
+def repeated(gradient: torch.Tensor) -> torch.Tensor:
+    return gradient.flatten()[:1].expand(gradient.numel()).view(gradient.shape)
+
+
+def lazily_negated(gradient: torch.Tensor) -> torch.Tensor:
+    return torch._neg_view(gradient)
+
+
+def lazy_zeros(gradient: torch.Tensor) -> torch.Tensor:
+    return torch._efficientzerotensor(gradient.shape, dtype=gradient.dtype)
+
+
+@pytest.mark.parametrize("odd", [changed_strides, repeated, lazily_negated, lazy_zeros])
+def test_gradients_that_do_not_lie_like_their_parameter(
+    odd: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    """The update reads memory. A hook may put any tensor into ``.grad``."""
+    mine, theirs = (parameters(torch.float64, [(3, 5), (4, 4)]) for _ in range(2))
+    memory = FlatMemory(mine, 2, 0)
+    update = memory.native_sgd(hyper_table(), 1)
+    gradient = torch.randn(3, 5, dtype=torch.float64)
+    for leaf, parameter in zip(memory.leaves[0], theirs, strict=True):
+        leaf.grad = torch.ones_like(leaf)
+        parameter.grad = torch.ones_like(parameter)
+    memory.leaves[0][0].grad = odd(gradient)
+    theirs[0].grad = odd(gradient).clone()
+    memory.collect_gradients(0)
+    update.run_update(0, 1, 0)
+    torch.optim.SGD(theirs, **HYPER).step()
+    for leaf, parameter in zip(memory.leaves[1], theirs, strict=True):
+        assert torch.equal(leaf, parameter)

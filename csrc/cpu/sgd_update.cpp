@@ -182,18 +182,18 @@ FlatSgd::FlatSgd(FlatParameters parameters, int threads)
   stream_stores_ = total * item_size(parameters_.dtype) > kStreamBytes;
 
   pieces_.resize(static_cast<size_t>(team_.threads()));
-  int64_t share = (total + team_.threads() - 1) / team_.threads();
+  // Divided by place, so that the bounds between threads fall on lines.
+  int64_t share = (end + team_.threads() - 1) / team_.threads();
   share = std::max(kLine, (share + kLine - 1) / kLine * kLine);
-  int64_t seen = 0;
   for (size_t segment = 0; segment < parameters_.segments.size(); ++segment)
     for (int64_t begin = 0; begin < parameters_.segments[segment].size;) {
-      const auto thread = static_cast<size_t>(seen / share);
-      const int64_t left_of_share = (static_cast<int64_t>(thread) + 1) * share - seen;
+      const int64_t place = parameters_.segments[segment].offset + begin;
+      const auto thread = static_cast<size_t>(place / share);
+      const int64_t left_of_share = (static_cast<int64_t>(thread) + 1) * share - place;
       const int64_t size =
           std::min({kPiece, parameters_.segments[segment].size - begin, left_of_share});
       pieces_[thread].push_back({segment, begin, size});
       begin += size;
-      seen += size;
     }
 }
 
