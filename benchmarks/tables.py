@@ -52,7 +52,8 @@ def training_step() -> list[str]:
     layout = "channels_last" if s["channels_last"] else "contiguous"
     seconds = [[name, spread(q)] for name, q in results["seconds_per_step"].items()]
     ratios = [
-        [f"{r['of']} / {r['to']}", spread(r, 3), f"at most {r['goal']}"] for r in results["ratios"]
+        [f"{r['of']} / {r['to']}", spread(r, 3), f"at most {r['goal']}" if r["goal"] else ""]
+        for r in results["ratios"]
     ]
     case = f"{s['model']}, batch {s['batch_size']}, 3x32x32, {layout}"
     return [
