@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import resource
+import statistics
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -63,19 +65,21 @@ def resident_bytes() -> int:
 @pytest.mark.parametrize("mode", ["stash", "current"])
 def test_memory_is_flat_over_two_thousand_ticks(mode: str) -> None:
     runner = FDGRunner(mlp(), ["cpu"] * 3, split=[2, 5], backward_weights=mode, lr=0.001)
-    sizes: dict[int, int] = {}
+    sizes: list[int] = []
 
     def look(result: object) -> None:
-        number = result.batch  # type: ignore[attr-defined]
-        if number in (400, 1990):
+        if result.batch in range(400, 2000, 300):  # type: ignore[attr-defined]
             gc.collect()
-            sizes[number] = resident_bytes()
+            sizes.append(resident_bytes())
 
     data = batches(10, last=None)
     runner.fit((data[n % 10] for n in range(2000)), on_batch=look)
     # A batch's input alone is 384 bytes and its activations some 20 kB at every stage; what `fit`
-    # returns about it, the only thing to stay, is some 100 bytes.
-    assert sizes[1990] - sizes[400] < 1590 * 384
+    # returns about it, the only thing to stay, is some 100 bytes. The median: whatever else lives
+    # in the process may take a page once, but what is kept per batch grows in every window.
+    growth = [later - earlier for earlier, later in pairwise(sizes)]
+    assert len(growth) == 5
+    assert statistics.median(growth) < 300 * 384
 
 
 def test_the_model_is_not_held_twice_after_fit() -> None:
