@@ -43,6 +43,12 @@ def origin(results: dict[str, Any]) -> list[str]:
     ]
 
 
+def goal_of(ratio: dict[str, Any]) -> str:
+    if ratio["goal"] is None:
+        return "none"
+    return f"at most {ratio['goal']}" + (": missed" if ratio["median"] > ratio["goal"] else "")
+
+
 def training_step() -> list[str]:
     results = load("training_step")
     heading = "**Whole training steps** (medians, quartiles in brackets; ratios within a round)"
@@ -51,10 +57,7 @@ def training_step() -> list[str]:
     s = results["settings"]
     layout = "channels_last" if s["channels_last"] else "contiguous"
     seconds = [[name, spread(q)] for name, q in results["seconds_per_step"].items()]
-    ratios = [
-        [f"{r['of']} / {r['to']}", spread(r, 3), f"at most {r['goal']}" if r["goal"] else ""]
-        for r in results["ratios"]
-    ]
+    ratios = [[f"{r['of']} / {r['to']}", spread(r, 3), goal_of(r)] for r in results["ratios"]]
     case = f"{s['model']}, batch {s['batch_size']}, 3x32x32, {layout}"
     return [
         heading,
