@@ -2,8 +2,9 @@
 
     pytest benchmarks/bench_fused_update.py --benchmark-json FILE
 
-What follows a backward is timed, from fresh gradients on the parameters to new weights with the
-gradients let go. ``fdg``: gradients collected, then the update out of place into the next weight copy.
+What follows a backward is timed, from fresh gradients on the parameters to new weights with ``.grad``
+empty again; the gradients' memory is freed on neither side. ``fdg``: gradients collected, then the
+update out of place into the next weight copy.
 ``torch``: ``step()`` in place, then ``zero_grad()``. Rounds take turns; ``speed_ratio`` is the figure
 to read (goals: 0.95 and 2 beside ``torch fused``).
 """

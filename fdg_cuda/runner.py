@@ -17,6 +17,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from fdg_cuda.batches import Batches, Loader
 from fdg_cuda.chain import as_chain, check_parameters, check_shared
 from fdg_cuda.devices import Device, parse_devices
+from fdg_cuda.inference import evaluate, predict
 from fdg_cuda.interrupts import Interrupts
 from fdg_cuda.layer_times import remembered
 from fdg_cuda.metrics import (
@@ -25,7 +26,6 @@ from fdg_cuda.metrics import (
     EpochResult,
     Evaluation,
     History,
-    count_correct,
     cross_entropy,
 )
 from fdg_cuda.optim import DelayedSGD, check_scheduler
@@ -373,13 +373,7 @@ class FDGRunner:
             TypeError, ValueError: as for ``fit``, if the loader gives no (input, target) pairs.
         """
         self._refuse_while_running("evaluate")
-        average = Average()
-        with self._inference():
-            for x, y in Batches(loader).epoch():
-                output = self._model(x.clone())  # its first layer may work in place
-                loss = float(self._loss_fn(output, y))
-                average.add(loss, len(x), count_correct(output, y))
-        return average.result()
+        return evaluate(self._model, loader, self._loss_fn)
 
     def predict(self, x: Tensor) -> Tensor:
         """The model's output for ``x`` in evaluation mode, without gradient.
@@ -388,25 +382,7 @@ class FDGRunner:
             TypeError: ``x`` is no tensor.
         """
         self._refuse_while_running("predict")
-        if not isinstance(x, Tensor):
-            raise TypeError(
-                f"predict takes a tensor; got a {type(x).__name__}. For a loader: "
-                f"torch.cat([runner.predict(x) for x, _ in loader])"
-            )
-        with self._inference():
-            output: Tensor = self._model(x.clone())
-        return output
-
-    @contextmanager
-    def _inference(self) -> Iterator[None]:
-        modes = [(module, module.training) for module in self._model.modules()]
-        self._model.eval()
-        try:
-            with torch.no_grad():
-                yield
-        finally:
-            for module, training in modes:
-                module.training = training
+        return predict(self._model, x)
 
     def _refuse_while_running(self, what: str) -> None:
         if self._running or (self._fitting and what == "fit"):

@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from unavailable import unavailable
 
 from fdg_cuda import _core
 
@@ -23,7 +24,7 @@ def output_of(*command: str) -> str:
 @pytest.mark.parametrize(("cpp_type", "kind"), [("f", "ps"), ("d", "pd")], ids=["float", "double"])
 def test_the_update_is_vectorised(cpp_type: str, kind: str) -> None:
     if shutil.which("objdump") is None:
-        pytest.skip("no objdump: install binutils")
+        unavailable("no objdump: install binutils")
     code = output_of("objdump", "-d", "--no-show-raw-insn", str(_core.__file__))
     functions = re.findall(rf"<\S*update_avx2I{cpp_type}\S*>:\n((?:.+\n)+)", code)
     assert functions
@@ -37,7 +38,7 @@ def test_the_update_is_vectorised(cpp_type: str, kind: str) -> None:
 @pytest.mark.skipif(platform.system() != "Linux", reason="reads ELF")
 def test_the_core_does_not_link_torch() -> None:
     if shutil.which("readelf") is None:
-        pytest.skip("no readelf: install binutils")
+        unavailable("no readelf: install binutils")
     dynamic = output_of("readelf", "--dynamic", str(_core.__file__))
     needed = re.findall(r"NEEDED.*\[(.*)\]", dynamic)
     assert any("stdc++" in name for name in needed)

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 import pytest
+from unavailable import unavailable
 
 ROOT = Path(__file__).resolve().parent.parent
 CORE = ROOT / "csrc"
@@ -47,13 +47,6 @@ BUILDS = {
 
 class CompileError(Exception):
     """The tests do not compile; the message is the compiler's."""
-
-
-def unavailable(message: str) -> NoReturn:
-    """Skip, or fail where everything must be there."""
-    if os.environ.get("CI") == "true":
-        pytest.fail(message, pytrace=False)
-    pytest.skip(message)
 
 
 def compiler() -> list[str]:

@@ -15,8 +15,7 @@ namespace fdg::cpu {
 namespace {
 
 // New weights on their way past the cache are gathered in blocks so small that their stores
-// alternate with the loads of the next: in blocks of 1,024 the two came in bursts, and cost 17 %
-// more.
+// alternate with the loads of the next; in large blocks the two come in bursts.
 constexpr int kBlock = 64;
 constexpr int64_t kPiece = 256 * kBlock;
 // A cache line of the smallest element. Threads share no line.

@@ -1,0 +1,56 @@
+"""The whole model in evaluation mode: what a runner evaluates and predicts with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from fdg_cuda.batches import Batches, Loader
+from fdg_cuda.metrics import Average, Evaluation, count_correct
+
+
+def evaluate(
+    model: nn.Module, loader: Loader, loss_fn: Callable[[Tensor, Tensor], Tensor]
+) -> Evaluation:
+    """Loss and accuracy of ``model`` over ``loader``, averaged over samples.
+
+    Raises:
+        TypeError, ValueError: the loader gives no (input, target) pairs.
+    """
+    average = Average()
+    with _inference(model):
+        for x, y in Batches(loader).epoch():
+            output = model(x.clone())  # its first layer may work in place
+            average.add(float(loss_fn(output, y)), len(x), count_correct(output, y))
+    return average.result()
+
+
+def predict(model: nn.Module, x: Tensor) -> Tensor:
+    """``model``'s output for ``x``, without gradient.
+
+    Raises:
+        TypeError: ``x`` is no tensor.
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(
+            f"predict takes a tensor; got a {type(x).__name__}. For a loader: "
+            f"torch.cat([runner.predict(x) for x, _ in loader])"
+        )
+    with _inference(model):
+        output: Tensor = model(x.clone())
+    return output
+
+
+@contextmanager
+def _inference(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
