@@ -14,8 +14,9 @@ import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from fdg_cuda._core import Scheduler
+from fdg_cuda.layout import CpuLayout, Step
 from fdg_cuda.program import NoWork, Program
-from fdg_cuda.schedule import Action, Schedule
+from fdg_cuda.schedule import Schedule
 
 TICKS = 1000
 
@@ -23,7 +24,7 @@ TICKS = 1000
 class PythonNoWork(NoWork):
     """Every action, native ones included, is a Python callable that returns at once."""
 
-    def work(self, action: Action) -> Callable[[int], None]:  # type: ignore[override]
+    def work(self, step: Step) -> Callable[[int], None]:  # type: ignore[override]
         return lambda batch: None
 
 
@@ -31,8 +32,9 @@ class PythonNoWork(NoWork):
 @pytest.mark.parametrize("work", [NoWork, PythonNoWork], ids=["native", "python"])
 def test_empty_actions(benchmark: BenchmarkFixture, stages: int, work: type[NoWork]) -> None:
     schedule = Schedule("fdg", stages)
-    scheduler = Scheduler("cpu", [f"stage {k}" for k in range(stages)])
-    program = Program(schedule, scheduler, [work() for _ in range(stages)])
+    layout = CpuLayout(schedule, stash=True)
+    scheduler = Scheduler("cpu", layout.streams)
+    program = Program(schedule, layout, scheduler, [work() for _ in range(stages)])
     ticks = TICKS if stages <= 8 else TICKS // 10
 
     def epoch() -> None:

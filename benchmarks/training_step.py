@@ -31,7 +31,7 @@ from torch.nn import functional as F
 from benchmarks.harness import quartiles, write
 from fdg_cuda import FDGRunner, models
 from fdg_cuda._core import Work, keep_freed_memory
-from fdg_cuda.schedule import Action
+from fdg_cuda.layout import Step
 from fdg_cuda.stage import Stage
 
 STEPS = 3  # timed steps per round and case
@@ -187,8 +187,8 @@ def time_actions(stage: Stage, spent: dict[int, float]) -> None:
     """Add to ``spent[batch]`` the seconds of every action of ``stage``."""
     plain = stage.work
 
-    def work(action: Action) -> Callable[[int], None]:
-        inner = plain(action)
+    def work(step: Step) -> Callable[[int], None]:
+        inner = plain(step)
         if isinstance(inner, Work):
             update = stage._native().run_update
             inner = partial(update, 0, 0)

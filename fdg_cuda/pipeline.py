@@ -17,6 +17,7 @@ from fdg_cuda.batches import Batch
 from fdg_cuda.chain import check_loss
 from fdg_cuda.errors import NonFiniteLossError
 from fdg_cuda.interrupts import Interrupts
+from fdg_cuda.layout import CpuLayout
 from fdg_cuda.metrics import count_correct
 from fdg_cuda.optim import DelayedSGD
 from fdg_cuda.program import Program
@@ -73,9 +74,10 @@ class Pipeline:
         # Before the stages' threads start: a thread keeps the arena it begins with.
         if os.environ.get("FDG_KEEP_FREED_MEMORY", "1") != "0":
             keep_freed_memory()
+        layout = CpuLayout(schedule, stash=stash)
         self._scheduler = Scheduler(
             "cpu",
-            [f"stage {stage}" for stage in range(schedule.stages)],
+            layout.streams,
             max_ticks_in_flight=MAX_TICKS_IN_FLIGHT,
             delay_seed=delays[0],
             max_delay_us=delays[1],
@@ -85,7 +87,7 @@ class Pipeline:
             for stage in self._stages:
                 stage.begin_fit(hyper=self._hyper, threads=threads)
             self._stages[-1].loss = self._loss
-            self._program = Program(schedule, self._scheduler, self._stages, stash=stash)
+            self._program = Program(schedule, layout, self._scheduler, self._stages)
         except BaseException:
             self.close()
             raise

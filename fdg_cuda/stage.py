@@ -16,8 +16,8 @@ from fdg_cuda.buffers import SavedBuffers
 from fdg_cuda.chain import check_output
 from fdg_cuda.errors import AliasedParameterError, said_where
 from fdg_cuda.flat import FlatMemory
-from fdg_cuda.program import INBOX_HALVES
-from fdg_cuda.schedule import Action, Kind
+from fdg_cuda.layout import INBOX_HALVES, Step
+from fdg_cuda.schedule import Kind
 
 # Gives (output, batch) of the last stage to whoever computes the loss; returns the scalar loss.
 LossOfBatch = Callable[[Tensor, int], Tensor]
@@ -181,10 +181,10 @@ class Stage:
 
     # -- on the stage's stream ----------------------------------------------------------------
 
-    def work(self, action: Action) -> Callable[[int], None] | Work | None:
-        slot = action.slot
+    def work(self, step: Step) -> Callable[[int], None] | Work | None:
+        slot = step.slot
         copy = slot if self._stash else 0
-        match action.kind:
+        match step.kind:
             case Kind.FORWARD:
                 return partial(self._forward, slot, copy)
             case Kind.BACKWARD:
@@ -196,11 +196,13 @@ class Stage:
             case Kind.COPY_WEIGHTS:
                 if not self._stash or not self.memory.parameters:
                     return None
-                return self._native().copy(action.source, slot)
+                return self._native().copy(step.source, slot)
             case Kind.UPDATE:
                 if not self.memory.parameters:
                     return None
-                return self._native().update(action.source if self._stash else 0, copy)
+                return self._native().update(step.source if self._stash else 0, copy)
+            case _:
+                raise ValueError(f"a stage on the CPU has no part in a {step.kind}")
 
     def _native(self) -> FlatSgd:
         assert self._sgd is not None, "begin_fit comes first"

@@ -5,17 +5,31 @@ from __future__ import annotations
 import pytest
 
 from fdg_cuda._core import Operation, OperationKind, Scheduler, check_happens_before
+from fdg_cuda.layout import CpuLayout, CudaLayout, Layout
 from fdg_cuda.program import NoWork, Program
 from fdg_cuda.schedule import METHODS, Schedule
 
-KIND_LETTERS = {"F": "A", "B": "E"}  # what a forward (backward) reads was sent by this action
+# What a forward (backward) reads was brought by one of these.
+BRINGERS = {"F": ("A", "RA"), "B": ("E", "RE")}
+LAYOUTS = ("cpu", "cuda", "cuda staged", "cuda mixed")
 
 
-def enqueue(method: str, stages: int, batches: int, *, stash: bool = True) -> list[Operation]:
+def make_layout(name: str, schedule: Schedule, *, stash: bool) -> Layout:
+    if name == "cpu":
+        return CpuLayout(schedule, stash=stash)
+    hops = range(schedule.stages - 1)
+    staged = [name == "cuda staged" or (name == "cuda mixed" and hop % 2 == 0) for hop in hops]
+    return CudaLayout(schedule, stash=stash, staged=staged)
+
+
+def enqueue(
+    method: str, stages: int, batches: int, *, layout: str = "cpu", stash: bool = True
+) -> list[Operation]:
     """The whole program of two epochs."""
     schedule = Schedule(method, stages)
-    scheduler = Scheduler("trace", [f"stage {k}" for k in range(stages)])
-    program = Program(schedule, scheduler, [NoWork() for _ in range(stages)], stash=stash)
+    plan = make_layout(layout, schedule, stash=stash)
+    scheduler = Scheduler("trace", plan.streams)
+    program = Program(schedule, plan, scheduler, [NoWork() for _ in range(stages)])
     for _ in range(2):
         for tick in range(batches + schedule.latency):
             program.submit(tick, batches if tick >= batches else None)
@@ -28,22 +42,31 @@ def batches_to_wrap(stages: int) -> int:
     return 3 * max(1, 2 * (stages - 1)) + 1
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("stash", [True, False], ids=["stash", "current"])
 @pytest.mark.parametrize("stages", range(1, 9))
 @pytest.mark.parametrize("method", METHODS)
 def test_every_conflict_is_ordered_and_nothing_deadlocks(
-    method: str, stages: int, stash: bool
+    method: str, stages: int, stash: bool, layout: str
 ) -> None:
     for batches in (1, 2, batches_to_wrap(stages)):
-        report = check_happens_before(enqueue(method, stages, batches, stash=stash))
+        report = check_happens_before(enqueue(method, stages, batches, layout=layout, stash=stash))
         assert report.races == []
         assert report.deadlocks == []
 
 
-@pytest.mark.parametrize("stages", range(2, 9))
+@pytest.mark.parametrize(
+    ("layout", "stages"),
+    [
+        *(("cpu", stages) for stages in range(2, 9)),
+        *(("cuda", stages) for stages in range(1, 6)),
+        *(("cuda mixed", stages) for stages in range(2, 5)),
+    ],
+)
 @pytest.mark.parametrize("method", METHODS)
-def test_without_any_single_wait_the_check_fails(method: str, stages: int) -> None:
-    operations = enqueue(method, stages, batches_to_wrap(stages) if stages < 6 else 2 * stages)
+def test_without_any_single_wait_the_check_fails(method: str, stages: int, layout: str) -> None:
+    batches = batches_to_wrap(stages) if stages < 6 else 2 * stages
+    operations = enqueue(method, stages, batches, layout=layout)
     waits = [i for i, o in enumerate(operations) if o.kind == OperationKind.wait]
     assert len(waits) > stages
     for index in waits:
@@ -63,32 +86,57 @@ def test_without_any_single_record_the_check_finds_a_deadlock_or_nobody_waited(
             assert check_happens_before(operations[:index] + operations[index + 1 :]).deadlocks
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("stages", range(2, 9))
 @pytest.mark.parametrize("method", METHODS)
-def test_a_stage_reads_its_own_batch_from_its_neighbours(method: str, stages: int) -> None:
+def test_a_stage_reads_its_own_batch_from_its_neighbours(
+    method: str, stages: int, layout: str
+) -> None:
     """Ordered is not enough: what is read must be what the neighbour sent for that very batch."""
-    operations = enqueue(method, stages, batches_to_wrap(stages))
+    operations = enqueue(method, stages, batches_to_wrap(stages), layout=layout)
     report = check_happens_before(operations)
     runs = [o for o in operations if o.kind == OperationKind.run]
     checked = 0
     for run, sources in zip(runs, report.reads_from, strict=True):
-        if run.code not in KIND_LETTERS or not sources:
+        if run.code not in BRINGERS or not sources:
             continue
         senders = [
-            operations[s]
-            for s in sources
-            if s >= 0 and operations[s].code == KIND_LETTERS[run.code]
+            operations[s] for s in sources if s >= 0 and operations[s].code in BRINGERS[run.code]
         ]
         needs_mail = run.stage > 0 if run.code == "F" else run.stage < stages - 1
         assert len(senders) == needs_mail, run
         for sender in senders:
             assert sender.batch == run.batch
-            assert sender.stage == run.stage + (-1 if run.code == "F" else 1)
+            neighbour = run.stage + (-1 if run.code == "F" else 1)
+            assert sender.stage == (run.stage if sender.code.startswith("R") else neighbour)
             assert run.tick - sender.tick == (
                 1 if method == "fdg" or (method == "ddg" and run.code == "B") else 0
             )
             checked += 1
     assert checked > 0
+
+
+@pytest.mark.parametrize("stages", range(1, 6))
+@pytest.mark.parametrize("method", METHODS)
+def test_copies_bring_what_belongs_to_their_batch(method: str, stages: int) -> None:
+    """Each copy reads what its own batch's forward, backward or sender wrote; a forward reads its
+    own batch's input and labels."""
+    operations = enqueue(method, stages, batches_to_wrap(stages), layout="cuda staged")
+    report = check_happens_before(operations)
+    runs = [o for o in operations if o.kind == OperationKind.run]
+    made_by = {"A": "F", "E": "B", "RA": "A", "RE": "E", "M": "F"}
+    loaded = {"I": 0, "L": 0}
+    for run, sources in zip(runs, report.reads_from, strict=True):
+        writers = [operations[s] for s in sources if s >= 0]
+        if run.code in made_by:
+            (writer,) = writers
+            assert (writer.code, writer.batch) == (made_by[run.code], run.batch)
+        for writer in writers:
+            if writer.code in loaded:
+                assert (run.code, run.batch) == ("F", writer.batch)
+                loaded[writer.code] += 1
+    # Two epochs; every batch's input and labels are read once.
+    assert set(loaded.values()) == {2 * batches_to_wrap(stages)}
 
 
 @pytest.mark.parametrize("stages", range(1, 9))
