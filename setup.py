@@ -18,7 +18,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
-SOURCES = ["bindings.cpp", "hazards.cpp", "scheduler.cpp", "cpu/*.cpp", "trace/*.cpp"]
+SOURCES = ["*.cpp", "python/*.cpp", "cpu/*.cpp", "trace/*.cpp"]
 CXX_FLAGS = [
     *("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-pthread"),
     "-ffp-contract=off",  # csrc/sgd.h says where operations are fused

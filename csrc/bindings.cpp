@@ -1,7 +1,4 @@
-// The only file that knows Python: the extension module fdg_cuda._core.
-//
-// Threads: everything here is called with the GIL held. It is released wherever the host may wait
-// for a stream or join its thread, because an action may be a Python callable that needs it.
+// The extension module fdg_cuda._core. Everything here is called with the GIL held.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -19,6 +16,8 @@
 #include "cpu/cpu_stream.h"
 #include "cpu/sgd_update.h"
 #include "flat_parameters.h"
+#include "python/extension.h"
+#include "python/python_work.h"
 #include "scheduler.h"
 #include "trace/happens_before.h"
 #include "trace/trace_stream.h"
@@ -27,96 +26,24 @@ namespace py = pybind11;
 
 namespace {
 
+using fdg::at_exit;
+using fdg::GilRelease;
 using fdg::cpu::FlatSgd;
 
 // How long the host waits before it looks whether a signal (Ctrl-C) came in: less than the two
 // ticks within which training stops, but for nets so small that nobody would notice.
 constexpr std::chrono::milliseconds kSignalInterval{2};
 
-// Python ends threads that want the GIL once it is shutting down, in the midst of C++ frames, which
-// takes the process down. So the end of the interpreter waits here until no native call is without
-// the GIL and no scheduler is left; from then on calls keep it. Touched with the GIL only.
-struct AtExit {
-  bool ended = false;
-  int calls_without_gil = 0;
-  std::atomic<int> schedulers{0};
-};
-AtExit& at_exit() {
-  static auto* const state = new AtExit();  // never destroyed: daemon threads may outlive statics
-  return *state;
-}
-
-class GilRelease {
- public:
-  GilRelease() {
-    if (at_exit().ended) return;
-    ++at_exit().calls_without_gil;
-    saved_ = PyEval_SaveThread();
-  }
-  ~GilRelease() {
-    if (!saved_) return;
-    PyEval_RestoreThread(saved_);
-    --at_exit().calls_without_gil;
-  }
-  GilRelease(const GilRelease&) = delete;
-  GilRelease& operator=(const GilRelease&) = delete;
-
- private:
-  PyThreadState* saved_ = nullptr;
-};
-
-// Python callables this thread is inside of, as a stream.
-thread_local int python_work_depth = 0;
-
-// Destroyed with the GIL, wherever the last reference is dropped.
-class PythonWork final : public fdg::Work {
- public:
-  explicit PythonWork(py::function function) : function_(std::move(function)) {}
-  ~PythonWork() override {
-    py::gil_scoped_acquire gil;
-    function_ = py::function();
-  }
-  void run(fdg::Stream&, const fdg::Invocation& at) override {
-    py::gil_scoped_acquire gil;
-    struct Depth {
-      Depth() { ++python_work_depth; }
-      ~Depth() { --python_work_depth; }
-    } const depth;
-    function_(at.batch);
-  }
-
- private:
-  py::function function_;
-};
-
-// Keeps one Python thread state for a worker's whole life: making one anew for every callable costs
-// more than an empty callable, and would lose the thread's Python-side state.
-class ThreadState {
- public:
-  ThreadState()
-      : acquired_(std::make_unique<py::gil_scoped_acquire>()), saved_(PyEval_SaveThread()) {}
-  ~ThreadState() {
-    PyEval_RestoreThread(saved_);
-    acquired_.reset();
-  }
-  ThreadState(const ThreadState&) = delete;
-  ThreadState& operator=(const ThreadState&) = delete;
-
- private:
-  std::unique_ptr<py::gil_scoped_acquire> acquired_;
-  PyThreadState* saved_;
-};
-
 class PyScheduler {
  public:
   PyScheduler(const std::string& backend, const std::vector<std::string>& streams,
-              int max_ticks_in_flight, uint64_t delay_seed, int max_delay_us) {
+              int max_ticks_in_flight, const fdg::BackendOptions& options) {
     if (at_exit().ended) throw std::runtime_error("the interpreter is ending");
     std::unique_ptr<fdg::Scheduler> scheduler;
     {
       GilRelease no_gil;
-      scheduler = std::make_unique<fdg::Scheduler>(make_backend(backend, delay_seed, max_delay_us),
-                                                   streams, max_ticks_in_flight);
+      scheduler = std::make_unique<fdg::Scheduler>(make_backend(backend, options), streams,
+                                                   max_ticks_in_flight);
     }
     ++at_exit().schedulers;
     scheduler_ = {scheduler.release(), &PyScheduler::end};
@@ -157,15 +84,8 @@ class PyScheduler {
 
   int add_action(std::string code, int stage, int slot, int stream, std::vector<int> reads,
                  std::vector<int> writes, const py::object& work) {
-    fdg::Action action{std::move(code),   stage, slot, stream, std::move(reads),
-                       std::move(writes), {}};
-    if (py::isinstance<fdg::Work>(work))
-      action.work = work.cast<std::shared_ptr<fdg::Work>>();
-    else if (py::isinstance<py::function>(work))
-      action.work = std::make_shared<PythonWork>(work.cast<py::function>());
-    else if (!work.is_none())
-      throw py::type_error("work must be a function, a native work or None, got " +
-                           py::repr(work).cast<std::string>());
+    fdg::Action action{std::move(code),   stage, slot, stream, std::move(reads), std::move(writes),
+                       fdg::as_work(work)};
     return open()->add_action(std::move(action));
   }
 
@@ -193,20 +113,18 @@ class PyScheduler {
     return *schedulers;
   }
 
-  std::unique_ptr<fdg::Backend> make_backend(const std::string& name, uint64_t delay_seed,
-                                             int max_delay_us) {
-    if (name == "cpu") {
-      fdg::cpu::Options options;
-      options.on_thread_start = [] { return std::make_shared<ThreadState>(); };
-      options.delay_seed = delay_seed;
-      options.max_delay_us = max_delay_us;
-      return std::make_unique<fdg::cpu::CpuBackend>(std::move(options));
-    }
+  std::unique_ptr<fdg::Backend> make_backend(const std::string& name,
+                                             const fdg::BackendOptions& options) {
     if (name == "trace") {
       log_ = std::make_shared<fdg::trace::Log>();
       return std::make_unique<fdg::trace::TraceBackend>(log_);
     }
-    throw std::invalid_argument("unknown backend '" + name + "'; there are 'cpu' and 'trace'");
+    const auto& backends = fdg::Extension::get().backends;
+    const auto found = backends.find(name);
+    if (found != backends.end()) return found->second(options);
+    std::string known = "'trace'";
+    for (const auto& entry : backends) known += ", '" + entry.first + "'";
+    throw std::invalid_argument("unknown backend '" + name + "'; this build has " + known);
   }
 
   // A Python error can be handed back to Python only once, so after that a plain one is thrown.
@@ -239,7 +157,7 @@ class PyScheduler {
       --at_exit().schedulers;
     };
     GilRelease no_gil;
-    if (python_work_depth > 0)
+    if (fdg::PythonWork::is_running())
       std::thread(join).detach();
     else
       join();
@@ -255,30 +173,31 @@ std::shared_ptr<FlatSgd> make_flat_sgd(const std::string& dtype, int stage,
                                        std::vector<uintptr_t> weights, uintptr_t momentum,
                                        uintptr_t gradients, uintptr_t hyper, int64_t hyper_rows,
                                        int64_t hyper_columns, uintptr_t progress, int threads) {
-  fdg::FlatParameters parameters;
-  if (dtype == "float32")
-    parameters.dtype = fdg::Dtype::float32;
-  else if (dtype == "float64")
-    parameters.dtype = fdg::Dtype::float64;
-  else
-    throw std::invalid_argument("dtype must be 'float32' or 'float64', got '" + dtype + "'");
   if (threads < 1)
     throw std::invalid_argument("threads must be at least 1, got " + std::to_string(threads));
-  parameters.stage = stage;
-  for (const auto& [offset, size] : segments) parameters.segments.push_back({offset, size});
-  parameters.weights = std::move(weights);
-  parameters.momentum = momentum;
-  parameters.gradients = reinterpret_cast<const uint64_t*>(gradients);
-  parameters.hyper = {reinterpret_cast<const double*>(hyper), hyper_rows, hyper_columns};
-  parameters.progress = reinterpret_cast<int64_t*>(progress);
-  return std::make_shared<FlatSgd>(std::move(parameters), threads);
+  return std::make_shared<FlatSgd>(
+      fdg::make_flat_parameters(dtype, stage, segments, std::move(weights), momentum, gradients,
+                                hyper, hyper_rows, hyper_columns, progress),
+      threads);
+}
+
+std::unique_ptr<fdg::Backend> make_cpu_backend(const fdg::BackendOptions& options) {
+  fdg::cpu::Options cpu;
+  cpu.on_thread_start = [] { return std::make_shared<fdg::ThreadState>(); };
+  cpu.delay_seed = options.delay_seed;
+  cpu.max_delay_us = options.max_delay_us;
+  return std::make_unique<fdg::cpu::CpuBackend>(std::move(cpu));
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_core, m) {
   m.doc() = "The C++ core of fdg_cuda: streams, events, scheduler and fused updates.";
-  m.attr("backends") = py::make_tuple("cpu", "trace");
+  fdg::Extension::get().backends["cpu"] = &make_cpu_backend;
+  py::list backends;
+  backends.append("trace");
+  for (const auto& entry : fdg::Extension::get().backends) backends.append(entry.first);
+  m.attr("backends") = py::tuple(backends);
 
   py::module_::import("atexit").attr("register")(py::cpp_function(&PyScheduler::close_all));
 
@@ -298,10 +217,16 @@ PYBIND11_MODULE(_core, m) {
            py::arg("batch"), py::call_guard<GilRelease>());
 
   py::class_<PyScheduler>(m, "Scheduler")
-      .def(py::init<const std::string&, const std::vector<std::string>&, int, uint64_t, int>(),
+      .def(py::init([](const std::string& backend, const std::vector<std::string>& streams,
+                       int max_ticks_in_flight, std::vector<int> devices, uint64_t delay_seed,
+                       int max_delay_us) {
+             return std::make_unique<PyScheduler>(
+                 backend, streams, max_ticks_in_flight,
+                 fdg::BackendOptions{std::move(devices), delay_seed, max_delay_us});
+           }),
            py::arg("backend"), py::arg("streams"), py::kw_only(),
-           py::arg("max_ticks_in_flight") = 4, py::arg("delay_seed") = 0,
-           py::arg("max_delay_us") = 0)
+           py::arg("max_ticks_in_flight") = 4, py::arg("devices") = std::vector<int>(),
+           py::arg("delay_seed") = 0, py::arg("max_delay_us") = 0)
       .def(
           "add_buffer",
           [](PyScheduler& self, std::string name, bool shared) {
@@ -320,6 +245,10 @@ PYBIND11_MODULE(_core, m) {
       .def("synchronize", &PyScheduler::synchronize)
       .def("cancel", [](PyScheduler& self) { self.open()->cancel(); })
       .def("close", &PyScheduler::close)
+      .def(
+          "stream_handle",
+          [](PyScheduler& self, int stream) { return self.open()->stream_handle(stream); },
+          py::arg("stream"))
       .def_property_readonly("ticks_in_flight",
                              [](PyScheduler& self) { return self.open()->ticks_in_flight(); })
       .def_property_readonly("buffer_names",
@@ -353,4 +282,6 @@ PYBIND11_MODULE(_core, m) {
       .def_property_readonly("clean", &fdg::trace::Report::clean);
   m.def("check_happens_before", &fdg::trace::check_happens_before, py::arg("operations"),
         py::call_guard<GilRelease>());
+
+  for (const auto bind : fdg::Extension::get().bindings) bind(m);
 }

@@ -8,6 +8,8 @@ namespace fdg {
 
 enum class Dtype { float32, float64 };
 
+inline int64_t item_size(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 8; }
+
 // A parameter inside every flat array of the stage. Counts are elements, not bytes.
 struct Segment {
   int64_t offset = 0;
@@ -36,6 +38,15 @@ struct FlatParameters {
   const uint64_t* gradients = nullptr;  // [segment] address of a dense gradient; 0: none
   HyperTable hyper;
   int64_t* progress = nullptr;  // [0] the newest weight copy, [1] updates made
+
+  // Throws std::invalid_argument when a segment or pointer cannot be right.
+  void check() const;
+  // Throws std::invalid_argument when there is no such weight copy.
+  void check_copy(int index) const;
+  // Elements of a flat array, gaps between segments included.
+  int64_t size() const {
+    return segments.empty() ? 0 : segments.back().offset + segments.back().size;
+  }
 };
 
 }  // namespace fdg

@@ -45,6 +45,10 @@ class Scheduler {
   const std::vector<std::string>& buffer_names() const { return buffer_names_; }
   int64_t ticks_in_flight() const { return submitted_ - finished_; }
   int stream_count() const { return static_cast<int>(streams_.size()); }
+  // Throws std::out_of_range when there is no such stream.
+  uintptr_t stream_handle(int stream) const {
+    return streams_.at(static_cast<size_t>(stream))->handle();
+  }
 
  private:
   struct Registered {

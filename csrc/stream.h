@@ -14,6 +14,7 @@
 #pragma once
 
 #include <chrono>
+#include <cstdint>
 #include <memory>
 #include <string>
 
@@ -35,6 +36,8 @@ class Stream {
   virtual void record(Event& event) = 0;
   virtual void wait(Event& event) = 0;
   virtual void flush() = 0;
+  // The backend's own handle (cuda: the cudaStream_t), 0 where there is none.
+  virtual uintptr_t handle() const { return 0; }
 };
 
 class Failure;

@@ -44,7 +44,9 @@ class FlatSgd:
     def run_update(self, source: int, target: int, batch: int) -> None: ...
 
 class Scheduler:
-    """Runs ticks of actions on the streams of one backend (``"cpu"`` or ``"trace"``).
+    """Runs ticks of actions on the streams of one backend (``"cpu"``, ``"trace"`` or ``"cuda"``).
+
+    ``devices``: cuda only, the ordinal of every stream's device.
 
     One Python thread at a time may use it, except for ``cancel`` and ``close``: those may be called
     by any. What another thread is waiting for then ends with RuntimeError, and the streams' threads
@@ -58,6 +60,7 @@ class Scheduler:
         streams: Sequence[str],
         *,
         max_ticks_in_flight: int = 4,
+        devices: Sequence[int] = ...,
         delay_seed: int = 0,
         max_delay_us: int = 0,
     ) -> None: ...
@@ -83,6 +86,7 @@ class Scheduler:
     @property
     def buffer_names(self) -> list[str]: ...
     def operations(self) -> list[Operation]: ...
+    def stream_handle(self, stream: int) -> int: ...
 
 @final
 class OperationKind:

@@ -148,37 +148,13 @@ class CopyWork final : public Work {
   const int to_;
 };
 
-int64_t item_size(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 8; }
-
 }  // namespace
 
 FlatSgd::FlatSgd(FlatParameters parameters, int threads)
     : parameters_(std::move(parameters)), team_(threads) {
-  int64_t total = 0;
-  int64_t end = 0;
-  for (const Segment& segment : parameters_.segments) {
-    if (segment.offset < end || segment.size < 0)
-      throw std::invalid_argument("segments must be in order and must not overlap; one begins at " +
-                                  std::to_string(segment.offset) + ", before " +
-                                  std::to_string(end));
-    end = segment.offset + segment.size;
-    total += segment.size;
-  }
-  if (total > 0) {
-    const bool missing = std::find(parameters_.weights.begin(), parameters_.weights.end(), 0) !=
-                         parameters_.weights.end();
-    if (parameters_.weights.empty() || missing || !parameters_.momentum || !parameters_.gradients ||
-        !parameters_.hyper.data || !parameters_.progress)
-      throw std::invalid_argument("a pointer of the stage's flat memory is null");
-  }
-  if (parameters_.stage < 0)
-    throw std::invalid_argument("there is no stage " + std::to_string(parameters_.stage) +
-                                "; stages are numbered from 0");
-  if (parameters_.hyper.rows < 1 ||
-      parameters_.hyper.columns <= HyperTable::first_shrink + parameters_.stage)
-    throw std::invalid_argument("the hyper-parameter table has no column for stage " +
-                                std::to_string(parameters_.stage));
-  stream_stores_ = total * item_size(parameters_.dtype) > kStreamBytes;
+  parameters_.check();
+  const int64_t end = parameters_.size();
+  stream_stores_ = end * item_size(parameters_.dtype) > kStreamBytes;
 
   pieces_.resize(static_cast<size_t>(team_.threads()));
   // Divided by place, so that the bounds between threads fall on lines.
@@ -196,22 +172,15 @@ FlatSgd::FlatSgd(FlatParameters parameters, int threads)
     }
 }
 
-void FlatSgd::check_copy(int index) const {
-  if (index < 0 || index >= static_cast<int>(parameters_.weights.size()))
-    throw std::invalid_argument("weight copy " + std::to_string(index) +
-                                " does not exist; there are " +
-                                std::to_string(parameters_.weights.size()));
-}
-
 std::shared_ptr<Work> FlatSgd::update(int from, int to) {
-  check_copy(from);
-  check_copy(to);
+  parameters_.check_copy(from);
+  parameters_.check_copy(to);
   return std::make_shared<UpdateWork>(shared_from_this(), from, to);
 }
 
 std::shared_ptr<Work> FlatSgd::copy(int from, int to) {
-  check_copy(from);
-  check_copy(to);
+  parameters_.check_copy(from);
+  parameters_.check_copy(to);
   return std::make_shared<CopyWork>(shared_from_this(), from, to);
 }
 
@@ -245,8 +214,8 @@ void FlatSgd::update_typed(int from, int to, int64_t batch) {
 }
 
 void FlatSgd::run_update(int from, int to, int64_t batch) {
-  check_copy(from);
-  check_copy(to);
+  parameters_.check_copy(from);
+  parameters_.check_copy(to);
   if (parameters_.dtype == Dtype::float32)
     update_typed<float>(from, to, batch);
   else
@@ -256,8 +225,8 @@ void FlatSgd::run_update(int from, int to, int64_t batch) {
 }
 
 void FlatSgd::run_copy(int from, int to) {
-  check_copy(from);
-  check_copy(to);
+  parameters_.check_copy(from);
+  parameters_.check_copy(to);
   if (from == to) return;
   const int64_t item = item_size(parameters_.dtype);
   const auto* source = reinterpret_cast<const char*>(parameters_.weights[from]);

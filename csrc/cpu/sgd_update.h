@@ -31,7 +31,6 @@ class FlatSgd : public std::enable_shared_from_this<FlatSgd> {
     int64_t size;
   };
 
-  void check_copy(int index) const;
   template <class T>
   void update_typed(int from, int to, int64_t batch);
 

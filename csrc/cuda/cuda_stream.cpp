@@ -1,0 +1,105 @@
+#include "cuda_stream.h"
+
+#include <stdexcept>
+#include <thread>
+
+#include "sleep_kernel.h"
+
+namespace fdg::cuda {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+// Looking this long without sleep costs less than waking up late.
+constexpr std::chrono::microseconds kLook{50};
+constexpr std::chrono::microseconds kNap{20};
+
+}  // namespace
+
+bool CudaEvent::wait_host(std::chrono::milliseconds timeout) {
+  if (!recorded_) return true;
+  const auto begin = Clock::now();
+  while (true) {
+    const cudaError_t status = cudaEventQuery(handle_->get());
+    if (status == cudaSuccess) return true;
+    if (status != cudaErrorNotReady) {
+      try {
+        check(status, "cudaEventQuery", "a tick in flight");
+      } catch (...) {
+        failure_->set(std::current_exception());
+      }
+      return true;
+    }
+    static_cast<void>(cudaGetLastError());
+    const auto waited = Clock::now() - begin;
+    if (waited >= timeout) return false;
+    if (waited > kLook)
+      std::this_thread::sleep_for(kNap);
+    else
+      std::this_thread::yield();
+  }
+}
+
+CudaStream::CudaStream(int device, const Options& options, uint64_t index, Failure& failure)
+    : max_delay_us_(options.max_delay_us),
+      delays_(options.delay_seed * 1000003 + index),
+      failure_(failure),
+      stream_(device) {}
+
+template <class Function>
+void CudaStream::guarded(const Function& function) noexcept {
+  try {
+    const DeviceGuard guard(device());
+    function();
+  } catch (...) {
+    failure_.set(std::current_exception());
+  }
+}
+
+void CudaStream::run(const Action& action, const Invocation& at) {
+  if (!action.work || failure_.stopped()) return;
+  guarded([&] {
+    if (max_delay_us_ > 0) {
+      std::uniform_int_distribution<int> delay_us(0, max_delay_us_);
+      check(launch_sleep(delay_us(delays_), get()), "launch_sleep");
+    }
+    try {
+      action.work->run(*this, at);
+    } catch (const CudaError& error) {
+      throw CudaError(error.code, std::string(error.what()) + " (in " + action.label(at.batch) +
+                                      " on device " + std::to_string(device()) + ")");
+    }
+  });
+}
+
+void CudaStream::record(Event& event) {
+  auto& cuda_event = static_cast<CudaEvent&>(event);
+  cuda_event.failure_ = &failure_;
+  cuda_event.recorded_ = false;
+  guarded([&] {
+    if (!cuda_event.handle_)
+      cuda_event.handle_ = std::make_unique<EventHandle>(device(), cudaEventDisableTiming);
+    if (cuda_event.handle_->device() != device())
+      throw std::logic_error("an event of device " + std::to_string(cuda_event.handle_->device()) +
+                             " is to be recorded on a stream of device " +
+                             std::to_string(device()));
+    FDG_CUDA_CHECK(cudaEventRecord(cuda_event.handle_->get(), get()));
+    cuda_event.recorded_ = true;
+  });
+}
+
+void CudaStream::wait(Event& event) {
+  auto& cuda_event = static_cast<CudaEvent&>(event);
+  if (!cuda_event.recorded_) return;
+  guarded([&] { FDG_CUDA_CHECK(cudaStreamWaitEvent(get(), cuda_event.handle_->get(), 0)); });
+}
+
+std::unique_ptr<Stream> CudaBackend::make_stream(const std::string& name, Failure& failure) {
+  const size_t index = stream_count_++;
+  if (index >= options_.devices.size())
+    throw std::invalid_argument("stream '" + name + "' has no device: " +
+                                std::to_string(options_.devices.size()) + " were given");
+  return std::make_unique<CudaStream>(options_.devices[index], options_, index, failure);
+}
+
+}  // namespace fdg::cuda

@@ -1,0 +1,61 @@
+// How parts of the extension that are built only where their toolkit is (cuda/) make themselves
+// known to it: each registers itself, and nothing that is always built names them.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <functional>
+#include <map>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "../flat_parameters.h"
+#include "../stream.h"
+
+namespace fdg {
+
+// What a backend may be asked for; each takes what concerns it.
+struct BackendOptions {
+  std::vector<int> devices;  // [stream] ordinals
+  uint64_t delay_seed = 0;
+  int max_delay_us = 0;
+};
+
+// The flat memory of a stage from what Python knows of it: addresses as integers. Throws
+// std::invalid_argument for an unknown dtype.
+inline FlatParameters make_flat_parameters(const std::string& dtype, int stage,
+                                           const std::vector<std::pair<int64_t, int64_t>>& segments,
+                                           std::vector<uintptr_t> weights, uintptr_t momentum,
+                                           uintptr_t gradients, uintptr_t hyper, int64_t hyper_rows,
+                                           int64_t hyper_columns, uintptr_t progress) {
+  FlatParameters parameters;
+  if (dtype == "float32")
+    parameters.dtype = Dtype::float32;
+  else if (dtype == "float64")
+    parameters.dtype = Dtype::float64;
+  else
+    throw std::invalid_argument("dtype must be 'float32' or 'float64', got '" + dtype + "'");
+  parameters.stage = stage;
+  for (const auto& [offset, size] : segments) parameters.segments.push_back({offset, size});
+  parameters.weights = std::move(weights);
+  parameters.momentum = momentum;
+  parameters.gradients = reinterpret_cast<const uint64_t*>(gradients);
+  parameters.hyper = {reinterpret_cast<const double*>(hyper), hyper_rows, hyper_columns};
+  parameters.progress = reinterpret_cast<int64_t*>(progress);
+  return parameters;
+}
+
+struct Extension {
+  std::map<std::string, std::function<std::unique_ptr<Backend>(const BackendOptions&)>> backends;
+  std::vector<void (*)(pybind11::module_&)> bindings;
+
+  static Extension& get() {
+    static Extension all;
+    return all;
+  }
+};
+
+}  // namespace fdg
