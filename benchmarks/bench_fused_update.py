@@ -46,7 +46,7 @@ LISTS = {"36.5M": one_large, "resnet56": resnet56}
 def fused(parameters: list[nn.Parameter], threads: int) -> Step:
     memory = FlatMemory(parameters, 2, 0)
     hyper = np.array([[HYPER["lr"], HYPER["momentum"], HYPER["weight_decay"], 0.0, 1.0]])
-    update = memory.native_sgd(hyper, threads)
+    update = memory.cpu_sgd(hyper, threads)
     gradients = [torch.randn_like(leaf) for leaf in memory.leaves[0]]
     copy = 0
 

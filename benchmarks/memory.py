@@ -52,8 +52,8 @@ class Holdings:
         self.most_batches = max(self.most_batches, len(self.bytes_of))
         self.most_bytes = max(self.most_bytes, sum(self.bytes_of.values()))
 
-    def backward(self, slot: int, copy: int, batch: int) -> None:
-        self._backward(slot, copy, batch)
+    def backward(self, slot: int, copy: int, batch: int, row: int = 0) -> None:
+        self._backward(slot, copy, batch, row)
         del self.bytes_of[batch]
 
 

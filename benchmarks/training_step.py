@@ -31,6 +31,7 @@ from torch.nn import functional as F
 from benchmarks.harness import quartiles, write
 from fdg_cuda import FDGRunner, models
 from fdg_cuda._core import Work, keep_freed_memory
+from fdg_cuda.cpu_stage import CpuStage
 from fdg_cuda.layout import Step
 from fdg_cuda.stage import Stage
 
@@ -190,7 +191,8 @@ def time_actions(stage: Stage, spent: dict[int, float]) -> None:
     def work(step: Step) -> Callable[[int], None]:
         inner = plain(step)
         if isinstance(inner, Work):
-            update = stage._native().run_update
+            assert isinstance(stage, CpuStage)
+            update = stage.native_sgd.run_update
             inner = partial(update, 0, 0)
 
         def timed(batch: int) -> None:

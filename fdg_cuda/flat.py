@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -24,15 +24,24 @@ class FlatMemory:
     *are* views of the newest copy, so nothing is held twice.
 
     Args:
-        parameters: distinct, trainable, all of one dtype (float32 or float64), on the CPU.
+        parameters: distinct, trainable, all of one dtype (float32 or float64).
         copies: weight copies, at least 1.
         stage: for error messages and the stage's column of the hyper-parameter table.
+        device: where the flat memory lies.
+        gradient_rows: how many batches' gradients may be in use at once.
 
     Raises:
         TypeError: a dtype the update cannot train.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], copies: int, stage: int) -> None:
+    def __init__(
+        self,
+        parameters: Sequence[nn.Parameter],
+        copies: int,
+        stage: int,
+        device: torch.device | None = None,
+        gradient_rows: int = 1,
+    ) -> None:
         self.parameters = list(parameters)
         self.stage = stage
         self.dtype = _common_dtype(self.parameters, stage)
@@ -42,14 +51,14 @@ class FlatMemory:
         for parameter in self.parameters:
             self.segments.append((end, parameter.numel()))
             end += -(-parameter.numel() // step) * step
-        self.weights = [torch.zeros(end, dtype=self.dtype) for _ in range(copies)]
-        self.momentum = torch.zeros(end, dtype=self.dtype)
+        self.weights = [torch.zeros(end, dtype=self.dtype, device=device) for _ in range(copies)]
+        self.momentum = torch.zeros(end, dtype=self.dtype, device=device)
         self._strides = [_dense_strides(parameter) for parameter in self.parameters]
         # Leaves of the autograd graphs, one set per weight copy.
         self.leaves = [
             [nn.Parameter(view) for view in self._views(weights)] for weights in self.weights
         ]
-        self.gradient_table = np.zeros(len(self.parameters), dtype=np.uint64)
+        self.gradient_table = np.zeros((gradient_rows, len(self.parameters)), dtype=np.uint64)
         self._gradients: list[Tensor | None] = []
         self._progress = np.zeros(2, dtype=np.int64)
         self.adopt()
@@ -116,8 +125,9 @@ class FlatMemory:
             self.weights[copy].copy_(self.newest_weights)
             self._progress[0] = copy
 
-    def collect_gradients(self, copy: int) -> None:
-        """Move the gradients from the leaves of ``copy`` to where the update finds them.
+    def collect_gradients(self, copy: int, row: int = 0) -> None:
+        """Move the gradients from the leaves of ``copy`` to where the update finds them: ``row`` of
+        the gradient table.
 
         Raises:
             TypeError: a sparse gradient.
@@ -139,11 +149,11 @@ class FlatMemory:
             readable = False
         if not readable:
             gradients = [
-                None if gradient is None else self._readable(gradient, leaf)
+                None if gradient is None else self.readable(gradient, leaf)
                 for gradient, leaf in zip(gradients, leaves, strict=True)
             ]
             addresses = [0 if g is None else g.data_ptr() for g in gradients]
-        self.gradient_table[:] = addresses
+        self.gradient_table[row] = addresses
         self._gradients = gradients
 
     def release_gradients(self) -> None:
@@ -154,22 +164,25 @@ class FlatMemory:
         self._gradients = []
         self.gradient_table[:] = 0
 
-    def native_sgd(self, hyper: np.ndarray, threads: int) -> FlatSgd:
+    def cpu_sgd(self, hyper: np.ndarray, threads: int) -> FlatSgd:
         """The fused update over this memory; ``hyper`` is the float64 table described in
         ``csrc/flat_parameters.h``. Both must outlive it."""
-        return FlatSgd(
-            dtype=DTYPES[self.dtype],
-            stage=self.stage,
-            segments=self.segments,
-            weights=[weights.data_ptr() for weights in self.weights],
-            momentum=self.momentum.data_ptr(),
-            gradients=self.gradient_table.ctypes.data,
-            hyper=hyper.ctypes.data,
-            hyper_rows=hyper.shape[0],
-            hyper_columns=hyper.shape[1],
-            progress=self._progress.ctypes.data,
-            threads=threads,
-        )
+        return FlatSgd(**self.addresses(hyper), threads=threads)
+
+    def addresses(self, hyper: np.ndarray) -> dict[str, Any]:
+        """What a native update has to know of this memory; see :meth:`cpu_sgd`."""
+        return {
+            "dtype": DTYPES[self.dtype],
+            "stage": self.stage,
+            "segments": self.segments,
+            "weights": [weights.data_ptr() for weights in self.weights],
+            "momentum": self.momentum.data_ptr(),
+            "gradients": self.gradient_table.ctypes.data,
+            "hyper": hyper.ctypes.data,
+            "hyper_rows": hyper.shape[0],
+            "hyper_columns": hyper.shape[1],
+            "progress": self._progress.ctypes.data,
+        }
 
     def _views(self, flat: Tensor) -> list[Tensor]:
         return [
@@ -179,8 +192,12 @@ class FlatMemory:
             )
         ]
 
-    def _readable(self, gradient: Tensor, leaf: Tensor) -> Tensor:
-        """``gradient`` as memory the update may read: laid out like ``leaf``, no lazy sign or zero."""
+    def readable(self, gradient: Tensor, leaf: Tensor) -> Tensor:
+        """``gradient`` as memory the update may read: laid out like ``leaf``, no lazy sign or zero.
+
+        Raises:
+            TypeError: a sparse gradient.
+        """
         if gradient.layout != torch.strided:
             raise TypeError(
                 f"stage {self.stage}: a parameter of shape {tuple(leaf.shape)} got a gradient of "
@@ -192,7 +209,9 @@ class FlatMemory:
         laid_out_alike = all(theirs == ours for size, theirs, ours in steps if size > 1)
         if laid_out_alike and not gradient.is_neg() and not gradient._is_zerotensor():
             return gradient
-        return torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype).copy_(gradient)
+        return torch.empty_strided(
+            leaf.shape, leaf.stride(), dtype=leaf.dtype, device=leaf.device
+        ).copy_(gradient)
 
 
 def _common_dtype(parameters: Sequence[nn.Parameter], stage: int) -> torch.dtype:

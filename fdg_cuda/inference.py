@@ -13,9 +13,12 @@ from fdg_cuda.metrics import Average, Evaluation, count_correct
 
 
 def evaluate(
-    model: nn.Module, loader: Loader, loss_fn: Callable[[Tensor, Tensor], Tensor]
+    model: nn.Module,
+    forward: Callable[[Tensor], Tensor],
+    loader: Loader,
+    loss_fn: Callable[[Tensor, Tensor], Tensor],
 ) -> Evaluation:
-    """Loss and accuracy of ``model`` over ``loader``, averaged over samples.
+    """Loss and accuracy of ``model``, called by ``forward``, over ``loader``, averaged over samples.
 
     Raises:
         TypeError, ValueError: the loader gives no (input, target) pairs.
@@ -23,13 +26,14 @@ def evaluate(
     average = Average()
     with _inference(model):
         for x, y in Batches(loader).epoch():
-            output = model(x.clone())  # its first layer may work in place
+            output = forward(x.clone())  # its first layer may work in place
+            y = y.to(output.device)
             average.add(float(loss_fn(output, y)), len(x), count_correct(output, y))
     return average.result()
 
 
-def predict(model: nn.Module, x: Tensor) -> Tensor:
-    """``model``'s output for ``x``, without gradient.
+def predict(model: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """``model``'s output for ``x``, on ``x``'s device and without gradient.
 
     Raises:
         TypeError: ``x`` is no tensor.
@@ -40,8 +44,7 @@ def predict(model: nn.Module, x: Tensor) -> Tensor:
             f"torch.cat([runner.predict(x) for x, _ in loader])"
         )
     with _inference(model):
-        output: Tensor = model(x.clone())
-    return output
+        return forward(x.clone()).to(x.device)
 
 
 @contextmanager

@@ -1,24 +1,22 @@
-"""The running pipeline of one ``fit``: scheduler, program and stages at work."""
+"""The running pipeline of one ``fit``: scheduler, program and stages at work.
+
+What differs between kinds of devices is in the subclasses: :mod:`fdg_cuda.cpu_pipeline` and
+:mod:`fdg_cuda.cuda_pipeline`.
+"""
 
 from __future__ import annotations
 
-import math
-import os
-import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from fdg_cuda._core import Scheduler, keep_freed_memory, return_freed_memory
+from fdg_cuda._core import Scheduler
 from fdg_cuda.batches import Batch
-from fdg_cuda.chain import check_loss
 from fdg_cuda.errors import NonFiniteLossError
 from fdg_cuda.interrupts import Interrupts
-from fdg_cuda.layout import CpuLayout
-from fdg_cuda.metrics import count_correct
 from fdg_cuda.optim import DelayedSGD
 from fdg_cuda.program import Program
 from fdg_cuda.schedule import Schedule
@@ -27,23 +25,20 @@ from fdg_cuda.stage import Stage
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 MAX_TICKS_IN_FLIGHT = 4
 
-# Held by whoever changes torch's default number of intra-op threads, or relies on it.
-torch_threads = threading.Lock()
 
-
-class Pipeline:
-    """Threads and memory of one ``fit``; ``close`` ends them whatever happened.
+class Pipeline(ABC):
+    """Streams and memory of one ``fit``; ``close`` ends them whatever happened.
 
     Args:
         schedule: the rule.
         stages: one per device.
         loss_fn: mean loss of a batch.
         optimizer: where the hyper-parameters of a batch are read when it enters.
-        threads: intra-op threads per stage.
-        stash: whether each slot has its own weight copy.
         interrupts: allowed while ticks run, held while state changes hands.
-        delays: (seed, longest in microseconds) of the sleeps put before every action, for tests.
     """
+
+    _scheduler: Scheduler
+    _program: Program
 
     def __init__(
         self,
@@ -52,53 +47,40 @@ class Pipeline:
         loss_fn: LossFunction,
         optimizer: DelayedSGD,
         *,
-        threads: int,
-        stash: bool,
         interrupts: Interrupts,
-        delays: tuple[int, int] = (0, 0),
     ) -> None:
         self._schedule = schedule
-        self._stages = list(stages)
+        self._all_stages = list(stages)
         self._loss_fn = loss_fn
         self._interrupts = interrupts
         self._optimizer = optimizer
         self._shrinks = [schedule.shrinks(stage) for stage in range(schedule.stages)]
-        # A row is written when its batch enters, at most MAX_TICKS_IN_FLIGHT ticks ahead of the
-        # oldest tick at work, and read last `latency` ticks after the batch's own.
-        rows = schedule.latency + MAX_TICKS_IN_FLIGHT + 1
-        self._hyper = np.zeros((rows, 4 + schedule.stages))
-        self._targets: dict[int, Tensor] = {}
+        # What the host writes when a batch enters, at most MAX_TICKS_IN_FLIGHT ticks ahead of the
+        # oldest tick at work, is read last `latency` ticks after the batch's own: so many rows.
+        self._rows = schedule.latency + MAX_TICKS_IN_FLIGHT + 1
+        self._hyper = np.zeros((self._rows, 4 + schedule.stages))
         self._epoch = 0
+        self._entered = 0
         # (loss, samples, correct) of this epoch's batches, in order
         self.results: list[tuple[float, int, int | None]] = []
-        # Before the stages' threads start: a thread keeps the arena it begins with.
-        if os.environ.get("FDG_KEEP_FREED_MEMORY", "1") != "0":
-            keep_freed_memory()
-        layout = CpuLayout(schedule, stash=stash)
-        self._scheduler = Scheduler(
-            "cpu",
-            layout.streams,
-            max_ticks_in_flight=MAX_TICKS_IN_FLIGHT,
-            delay_seed=delays[0],
-            max_delay_us=delays[1],
-        )
-        try:
-            self._set_threads(threads)
-            for stage in self._stages:
-                stage.begin_fit(hyper=self._hyper, threads=threads)
-            self._stages[-1].loss = self._loss
-            self._program = Program(schedule, layout, self._scheduler, self._stages)
-        except BaseException:
-            self.close()
-            raise
+
+    # -- for the subclasses ---------------------------------------------------------------------
+
+    @abstractmethod
+    def _put(self, number: int, batch: Batch) -> None:
+        """Take in the tensors of a batch that enters; the loader may refill them afterwards."""
+
+    def _settle(self) -> None:
+        """Wait for what was done to the stages' memory outside their streams."""
+
+    def _gather(self, done: int) -> None:
+        """Bring :attr:`results` up to at least ``done`` batches, which are trained."""
 
     def close(self) -> None:
-        """End all threads. What has not begun is dropped."""
+        """End all streams. What has not begun is dropped."""
         self._scheduler.close()
-        for stage in self._stages:
+        for stage in self._all_stages:
             stage.end_fit()
-        self._targets.clear()
-        return_freed_memory()
 
     def run_epoch(
         self,
@@ -116,10 +98,12 @@ class Pipeline:
         running afterwards and the caller's parameters hold the newest weights.
         """
         self._epoch = number
+        self._entered = 0
         self.results.clear()
-        for stage in self._stages:
+        for stage in self._all_stages:
             stage.begin_epoch(self._schedule.first_slot(stage.index))
-        snapshots = [stage.snapshot() for stage in self._stages]
+        snapshots = [stage.snapshot() for stage in self._all_stages]
+        self._settle()
         drained = False
         try:
             # Two steps, so that an interrupt on the way to `hold` still meets the outer one.
@@ -127,6 +111,7 @@ class Pipeline:
                 self._interrupts.allow()
                 self._run_ticks(batches, entered, known)
                 self._scheduler.synchronize()
+                self._gather(self._entered)
                 known(len(self.results))
                 drained = True
             finally:
@@ -134,14 +119,17 @@ class Pipeline:
             self._check_weights()
         except NonFiniteLossError:
             self._scheduler.close()
-            for stage, snapshot in zip(self._stages, snapshots, strict=True):
+            for stage, snapshot in zip(self._all_stages, snapshots, strict=True):
                 stage.restore(snapshot)
             raise
         finally:
             if not drained:
                 self._scheduler.close()
-            for stage in self._stages:
-                stage.end_epoch()
+            self._end_epoch()
+
+    def _end_epoch(self) -> None:
+        for stage in self._all_stages:
+            stage.end_epoch()
 
     def _run_ticks(
         self,
@@ -165,10 +153,12 @@ class Pipeline:
             if total is None:
                 entered()
             done = tick - behind + 1
-            known(max(0, done if total is None else min(done, total)))
+            done = max(0, done if total is None else min(done, total))
+            self._gather(done)
+            known(done)
 
     def _check_weights(self) -> None:
-        for stage in self._stages:
+        for stage in self._all_stages:
             if not stage.memory.newest_weights.isfinite().all():
                 last = len(self.results) - 1
                 raise NonFiniteLossError(
@@ -177,50 +167,6 @@ class Pipeline:
 
     def _enter(self, number: int, batch: Batch) -> None:
         row = self._optimizer.hyper_row(self._shrinks)
-        self._hyper[number % len(self._hyper)] = row
-        # Copies: a loader may refill the tensors it gave while they are still in the pipeline.
-        self._stages[0].inputs[number] = batch[0].detach().clone()
-        self._targets[number] = batch[1].detach().clone()
-
-    def _loss(self, output: Tensor, batch: int) -> Tensor:
-        """Runs on the last stage's stream."""
-        target = self._targets.pop(batch)
-        loss = self._loss_fn(output, target)
-        check_loss(loss, batch)
-        value = loss.item()
-        if not math.isfinite(value):
-            raise NonFiniteLossError(value, batch, self._epoch)
-        self.results.append((value, len(target), count_correct(output.detach(), target)))
-        return loss
-
-    def _set_threads(self, threads: int) -> None:
-        """Every stage's thread computes with ``threads`` intra-op threads from now on.
-
-        torch makes the count set last, by whatever thread, the default of threads to come. So it is
-        put back at once, and other runners are kept from reading it meanwhile.
-        """
-        with torch_threads:
-            previous = torch.get_num_threads()
-            try:
-                self._set_threads_of_stages(threads)
-            finally:
-                torch.set_num_threads(previous)
-
-    def _set_threads_of_stages(self, threads: int) -> None:
-        def set_threads(_: int) -> None:
-            torch.get_num_threads()  # or the thread's first use of its count resets it to the default
-            torch.set_num_threads(threads)
-
-        # One stage at a time: torch resizes a pool all threads share.
-        for stage in range(self._schedule.stages):
-            action = self._scheduler.add_action(
-                code="T",
-                stage=stage,
-                slot=0,
-                stream=stage,
-                reads=[],
-                writes=[],
-                work=set_threads,
-            )
-            self._scheduler.submit(self._scheduler.add_tick([(action, 0)]), 0)
-            self._scheduler.synchronize()
+        self._hyper[number % self._rows] = row
+        self._put(number, batch)
+        self._entered = number + 1

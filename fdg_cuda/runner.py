@@ -12,14 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.dropout import _DropoutNd
 
 from fdg_cuda.batches import Batches, Loader
 from fdg_cuda.chain import as_chain, check_parameters, check_shared
 from fdg_cuda.devices import Device, parse_devices
 from fdg_cuda.inference import evaluate, predict
 from fdg_cuda.interrupts import Interrupts
-from fdg_cuda.layer_times import remembered
+from fdg_cuda.machine import CpuMachine, Machine
 from fdg_cuda.metrics import (
     Average,
     BatchResult,
@@ -29,9 +28,9 @@ from fdg_cuda.metrics import (
     cross_entropy,
 )
 from fdg_cuda.optim import DelayedSGD, check_scheduler
-from fdg_cuda.pipeline import LossFunction, Pipeline, torch_threads
+from fdg_cuda.pipeline import LossFunction, Pipeline
 from fdg_cuda.schedule import Schedule
-from fdg_cuda.split import balance, check_split, measure
+from fdg_cuda.split import balance, check_split
 from fdg_cuda.stage import Stage
 
 logger = logging.getLogger("fdg_cuda")
@@ -102,12 +101,11 @@ class FDGRunner:
                 f"the chain has {len(self._layers)} layers, too few for {len(self._devices)} stages; "
                 f"give at most {len(self._layers)} devices, or a model with more children"
             )
-        if cpu_threads is not None and cpu_threads < 1:
-            raise ValueError(f"cpu_threads must be at least 1; got {cpu_threads}")
         check_parameters(self._model)
-        self._backward_weights = backward_weights
+        self._machine: Machine = CpuMachine(
+            self._schedule, stash=backward_weights == "stash", cpu_threads=cpu_threads
+        )
         self._loss_fn = loss_fn if loss_fn is not None else cross_entropy
-        self._cpu_threads = cpu_threads
         self.optimizer = DelayedSGD(
             [p for p in self._model.parameters() if p.requires_grad],
             lr=lr,
@@ -121,8 +119,6 @@ class FDGRunner:
         self._history: History | None = None
         self._fitting = False
         self._running = False  # fitting, and not drained
-        # For tests: (seed, longest delay in microseconds) put before every action.
-        self._injected_delays = (0, 0)
         if split is not None:
             self._cut(check_split(split, len(self._layers), len(self._devices)))
         elif len(self._devices) == 1:
@@ -299,16 +295,7 @@ class FDGRunner:
 
     @contextmanager
     def _pipeline(self, interrupts: Interrupts) -> Iterator[Pipeline]:
-        pipeline = Pipeline(
-            self._schedule,
-            self._stages,
-            self._loss_fn,
-            self.optimizer,
-            threads=self._threads_per_stage(),
-            stash=self._backward_weights == "stash",
-            interrupts=interrupts,
-            delays=self._injected_delays,
-        )
+        pipeline = self._machine.pipeline(self._loss_fn, self.optimizer, interrupts)
         try:
             yield pipeline
         finally:
@@ -323,43 +310,19 @@ class FDGRunner:
             )
         check_parameters(self._model)
         check_shared(self._model, [stage.layers for stage in self._stages])
-        random = [m for m in self._model.modules() if isinstance(m, _DropoutNd) and m.training]
-        if any(m.p > 0 for m in random) and len(self._devices) > 1:
-            logger.warning(
-                "the model draws random numbers (%s): CPU stages share torch's generator, so with more "
-                "than one of them the same seed need not give the same bits",
-                type(random[0]).__name__,
-            )
-
-    def _threads_per_stage(self) -> int:
-        with torch_threads:
-            cores = self._cpu_threads or torch.get_num_threads()
-        return cores if self._schedule.method == "bp" else max(1, cores // self._schedule.stages)
+        self._machine.check(self._model)
 
     def _balance(self, batches: Batches) -> None:
         if self._stages:
             return
-        first = batches.first()
-        threads = self._threads_per_stage()
-        times = remembered(
-            self._layers,
-            first,
-            threads,
-            lambda: measure(self._layers, first, self._loss_fn, threads=threads),
-        )
+        times = self._machine.layer_times(self._layers, batches.first(), self._loss_fn)
         self._cut(balance(times, len(self._devices)))
 
     def _cut(self, split: list[int]) -> None:
         bounds = [0, *split, len(self._layers)]
         parts = [self._layers[a:b] for a, b in itertools.pairwise(bounds)]
         check_shared(self._model, parts)
-        stash = self._backward_weights == "stash"
-        stages = [
-            Stage(k, part, self._schedule.slots(k), stash=stash) for k, part in enumerate(parts)
-        ]
-        for lower, upper in itertools.pairwise(stages):
-            lower.above, upper.below = upper, lower
-        self._split, self._stages = split, stages
+        self._split, self._stages = split, list(self._machine.make_stages(parts))
         logger.info("stages begin at layers %s", [0, *split])
 
     # -- inference ------------------------------------------------------------------------------
@@ -373,7 +336,7 @@ class FDGRunner:
             TypeError, ValueError: as for ``fit``, if the loader gives no (input, target) pairs.
         """
         self._refuse_while_running("evaluate")
-        return evaluate(self._model, loader, self._loss_fn)
+        return evaluate(self._model, self._forward, loader, self._loss_fn)
 
     def predict(self, x: Tensor) -> Tensor:
         """The model's output for ``x`` in evaluation mode, without gradient.
@@ -382,7 +345,10 @@ class FDGRunner:
             TypeError: ``x`` is no tensor.
         """
         self._refuse_while_running("predict")
-        return predict(self._model, x)
+        return predict(self._model, self._forward, x)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        return self._machine.forward(self._model, x)
 
     def _refuse_while_running(self, what: str) -> None:
         if self._running or (self._fitting and what == "fit"):

@@ -1,30 +1,32 @@
-"""One stage: its layers, the slots that hold its batches in flight, its forward and backward."""
+"""One stage: its layers, the slots that hold its batches in flight, its forward and backward.
+
+What differs between kinds of devices (how mail travels, on which stream things run) is in the
+subclasses: :mod:`fdg_cuda.cpu_stage` and :mod:`fdg_cuda.cuda_stage`.
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from fdg_cuda._core import FlatSgd, Work
+from fdg_cuda._core import Work
 from fdg_cuda.buffers import SavedBuffers
 from fdg_cuda.chain import check_output
 from fdg_cuda.errors import AliasedParameterError, said_where
 from fdg_cuda.flat import FlatMemory
-from fdg_cuda.layout import INBOX_HALVES, Step
-from fdg_cuda.schedule import Kind
+from fdg_cuda.layout import Step
 
 # Gives (output, batch) of the last stage to whoever computes the loss; returns the scalar loss.
 LossOfBatch = Callable[[Tensor, int], Tensor]
 
 
 @dataclass
-class _Slot:
+class Slot:
     """One batch between its forward and its backward."""
 
     input: Tensor | None = None  # the leaf whose gradient is the error signal for the stage below
@@ -80,63 +82,62 @@ def graph_leaves(root: Tensor) -> Iterator[Tensor]:
         todo.extend(following for following, _ in node.next_functions)
 
 
-class Stage:
-    """Stage ``index`` of a runner. Its work runs on its own stream, one action at a time.
+class Stage(ABC):
+    """Stage ``index`` of a runner. Its work is enqueued or run one action at a time.
 
     Args:
         index: the stage's number.
         layers: its part of the chain.
         slots: batches it holds at once.
         stash: whether each slot has its own weight copy.
+        device: where its parameters, activations and gradients lie.
     """
 
-    def __init__(self, index: int, layers: Sequence[nn.Module], slots: int, *, stash: bool) -> None:
+    def __init__(
+        self,
+        index: int,
+        layers: Sequence[nn.Module],
+        slots: int,
+        *,
+        stash: bool,
+        device: torch.device,
+    ) -> None:
         self.index = index
         self.layers = list(layers)
-        self._slots = [_Slot() for _ in range(slots)]
+        self.device = device
+        self._slots = [Slot() for _ in range(slots)]
         self._stash = stash
         self._copies = slots if stash else 1
-        self.memory = FlatMemory(self._trainable(), self._copies, index)
+        self.memory = self._lay_out()
         self._sites = _ParameterSites(self.layers, self.memory.parameters)
         self._momentum = WeakTensorKeyDictionary()
-        self._sgd: FlatSgd | None = None
         self._input_changed_in_place: bool | None = None
         self._leaves_checked = False
-        # Wiring, set by the runner.
-        self.below: Stage | None = None
-        self.above: Stage | None = None
-        self.loss: LossOfBatch | None = None
-        self.inputs: dict[int, Tensor] = {}  # stage 0: batches that entered, by number
-        # Mail: what the neighbours sent, and what this stage is about to send.
-        self._activations: list[Tensor | None] = [None] * INBOX_HALVES
-        self._errors: list[Tensor | None] = [None] * INBOX_HALVES
-        self._output: Tensor | None = None
-        self._error: Tensor | None = None
+        self.loss: LossOfBatch | None = None  # of the last stage, set by the pipeline
 
     # -- on the caller's thread, with nothing running ------------------------------------------
 
-    def begin_fit(self, *, hyper: np.ndarray, threads: int) -> None:
-        """Lay the parameters out anew if they changed, and make the native update."""
+    def lay_out_anew(self) -> None:
+        """For a new ``fit``: lay the parameters out anew if they changed."""
         trainable = self._trainable()
         if not self.memory.matches(trainable):
             # Parameters that are frozen now may come back.
             self.memory.remember_momentum(self._momentum)
-            self.memory = FlatMemory(trainable, self._copies, self.index)
+            self.memory = self._lay_out()
             self.memory.recall_momentum(self._momentum)
         # Anew each time: a layer may keep a parameter elsewhere than before (parametrizations).
         self._sites = _ParameterSites(self.layers, self.memory.parameters)
-        self._sgd = self.memory.native_sgd(hyper, threads)
         self._input_changed_in_place = None
 
     def end_fit(self) -> None:
-        self._sgd = None
+        """Let go of what only a running ``fit`` needs."""
         self.loss = None
 
     def begin_epoch(self, first_slot: int) -> None:
         """Take the caller's weights into the slot that is forwarded first.
 
         Raises:
-            RuntimeError: parameters were frozen, thawed or replaced since ``begin_fit``.
+            RuntimeError: parameters were frozen, thawed or replaced since ``fit`` began.
         """
         if not self.memory.matches(self._trainable()):
             raise RuntimeError(
@@ -156,10 +157,6 @@ class Stage:
         self.memory.release_gradients()
         for slot in self._slots:
             slot.input = slot.root = None
-        self.inputs.clear()
-        self._activations = [None] * INBOX_HALVES
-        self._errors = [None] * INBOX_HALVES
-        self._output = self._error = None
 
     def snapshot(self) -> Snapshot:
         """Copies of the newest weights, the momentum and the modules' buffers."""
@@ -175,65 +172,74 @@ class Stage:
         self.memory.momentum.copy_(snapshot.momentum)
         snapshot.buffers.restore()
 
+    def _lay_out(self) -> FlatMemory:
+        return FlatMemory(
+            self._trainable(),
+            self._copies,
+            self.index,
+            self.device,
+            gradient_rows=len(self._slots),
+        )
+
     def _trainable(self) -> list[nn.Parameter]:
         unique = {id(p): p for layer in self.layers for p in layer.parameters() if p.requires_grad}
         return list(unique.values())
 
-    # -- on the stage's stream ----------------------------------------------------------------
+    # -- for the subclasses ---------------------------------------------------------------------
 
+    @abstractmethod
     def work(self, step: Step) -> Callable[[int], None] | Work | None:
-        slot = step.slot
-        copy = slot if self._stash else 0
-        match step.kind:
-            case Kind.FORWARD:
-                return partial(self._forward, slot, copy)
-            case Kind.BACKWARD:
-                return partial(self._backward, slot, copy)
-            case Kind.SEND_ACTIVATION:
-                return self._send_activation
-            case Kind.SEND_ERROR:
-                return self._send_error
-            case Kind.COPY_WEIGHTS:
-                if not self._stash or not self.memory.parameters:
-                    return None
-                return self._native().copy(step.source, slot)
-            case Kind.UPDATE:
-                if not self.memory.parameters:
-                    return None
-                return self._native().update(step.source if self._stash else 0, copy)
-            case _:
-                raise ValueError(f"a stage on the CPU has no part in a {step.kind}")
+        """The work of ``step``, to be called with the batch's number within the epoch."""
 
-    def _native(self) -> FlatSgd:
-        assert self._sgd is not None, "begin_fit comes first"
-        return self._sgd
+    @property
+    @abstractmethod
+    def is_first(self) -> bool:
+        """Whether no stage is below this one."""
+
+    @property
+    @abstractmethod
+    def is_last(self) -> bool:
+        """Whether no stage is above this one."""
+
+    @abstractmethod
+    def _take_input(self, batch: int) -> Tensor:
+        """What the stage below sent, or what entered: a leaf that wants a gradient if it can."""
+
+    @abstractmethod
+    def _take_error(self, batch: int) -> Tensor | None:
+        """The error signal the stage above sent; None if it depends on nothing here."""
+
+    @abstractmethod
+    def _pass_up(self, slot: int, batch: int, output: Tensor) -> None:
+        """Make ``output`` ready to be sent."""
+
+    @abstractmethod
+    def _pass_down(self, batch: int, error: Tensor | None) -> None:
+        """Make the gradient of the stage's input ready to be sent."""
+
+    # -- the stage's computations -----------------------------------------------------------
 
     def _forward(self, slot: int, copy: int, batch: int) -> None:
         self._sites.install(self.memory.leaves[copy])
         leaf = self._take_input(batch)
-        with said_where(f"the forward of batch {batch} at stage {self.index}"):
-            output = self._run_layers(leaf, batch)
         held = self._slots[slot]
         held.input = leaf
-        if self.above is None:
-            assert self.loss is not None
-            with said_where(f"the loss of batch {batch}"):
-                held.root = self.loss(output, batch)
-        else:
-            held.root = output
-            self._output = output.detach()
+        held.root, output = self._compute(leaf, batch)
+        if not self.is_last:
+            self._pass_up(slot, batch, output)
         if not self._leaves_checked:
             self._check_leaves(held.root, leaf, copy)
             self._leaves_checked = True
 
-    def _take_input(self, batch: int) -> Tensor:
-        if self.below is None:
-            return self.inputs.pop(batch)
-        half = batch % INBOX_HALVES
-        activation = self._activations[half]
-        assert activation is not None, f"no activation of batch {batch} at stage {self.index}"
-        self._activations[half] = None
-        return activation.requires_grad_(activation.is_floating_point() or activation.is_complex())
+    def _compute(self, leaf: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+        """What a backward starts from (at the last stage the loss), and the stage's output."""
+        with said_where(f"the forward of batch {batch} at stage {self.index}"):
+            output = self._run_layers(leaf, batch)
+        if not self.is_last:
+            return output, output.detach()
+        assert self.loss is not None
+        with said_where(f"the loss of batch {batch}"):
+            return self.loss(output, batch), output.detach()
 
     def _run_layers(self, leaf: Tensor, batch: int) -> Tensor:
         """The layers on ``leaf``, which belongs to the stage below (or to the caller's loader).
@@ -254,28 +260,25 @@ class Stage:
             )
         return check_output(value, f"stage {self.index}")
 
-    def _backward(self, slot: int, copy: int, batch: int) -> None:
+    def _backward(self, slot: int, copy: int, batch: int, row: int = 0) -> None:
         held = self._slots[slot]
         leaf, root = held.input, held.root
         held.input = held.root = None
         # Activation checkpointing runs layers again in the backward, with this batch's weights.
         self._sites.install(self.memory.leaves[copy])
-        assert leaf is not None
-        assert root is not None
-        error = None
-        if self.above is not None:
-            half = batch % INBOX_HALVES
-            error = self._errors[half]
-            self._errors[half] = None
+        error = None if self.is_last else self._take_error(batch)
         # Without an error signal the stages above do not depend on this one: nothing to do, as in
         # a plain backward.
-        if root.requires_grad and (self.above is None or error is not None):
-            with said_where(f"the backward of batch {batch} at stage {self.index}"):
-                torch.autograd.backward([root], [error])
-        self.memory.collect_gradients(copy)
-        if self.below is not None:
-            self._error = leaf.grad
-            leaf.grad = None
+        if self.is_last or error is not None:
+            assert root is not None
+            if root.requires_grad:
+                with said_where(f"the backward of batch {batch} at stage {self.index}"):
+                    torch.autograd.backward([root], [error])
+        self.memory.collect_gradients(copy, row)
+        if not self.is_first:
+            self._pass_down(batch, None if leaf is None else leaf.grad)
+            if leaf is not None:
+                leaf.grad = None
 
     def _check_leaves(self, root: Tensor, leaf: Tensor, copy: int) -> None:
         """Refuse what would get a gradient and never be trained."""
@@ -289,12 +292,7 @@ class Stage:
                 f"stage; keep lists of parameters in nn.ParameterList; or set requires_grad_(False)."
             )
 
-    def _send_activation(self, batch: int) -> None:
-        assert self.above is not None
-        self.above._activations[batch % INBOX_HALVES] = self._output
-        self._output = None
 
-    def _send_error(self, batch: int) -> None:
-        assert self.below is not None
-        self.below._errors[batch % INBOX_HALVES] = self._error
-        self._error = None
+def wants_gradient(tensor: Tensor) -> bool:
+    """Whether an error signal can be computed for ``tensor``."""
+    return tensor.is_floating_point() or tensor.is_complex()

@@ -20,7 +20,7 @@ def run(
     runner = FDGRunner(
         model, ["cpu"] * stages, split=even_split(len(model), stages), lr=0.05, **options
     )
-    runner._injected_delays = delays
+    runner._machine.injected_delays = delays
     history = runner.fit(batches(14), epochs=2)
     return runner.state_dict(), history.batch_losses
 
@@ -45,7 +45,7 @@ def test_a_convolutional_net_in_float32_repeats_itself() -> None:
         torch.manual_seed(5)
         model = models.build("resnet20", in_channels=1, image_size=8)
         runner = FDGRunner(model, ["cpu", "cpu"], split=[5])
-        runner._injected_delays = (repeat, 3000 * (repeat > 0))
+        runner._machine.injected_delays = (repeat, 3000 * (repeat > 0))
         runner.fit(data, epochs=2)
         results.append(runner.state_dict())
     assert same_bits(results[0], results[1])

@@ -46,7 +46,7 @@ def test_equals_torch_sgd_bit_for_bit(
     mine, theirs = parameters(dtype), parameters(dtype)
     memory = FlatMemory(mine, copies, 0)
     hyper = hyper_table(nesterov=nesterov)
-    update = memory.native_sgd(hyper, threads)
+    update = memory.cpu_sgd(hyper, threads)
     optimizer = torch.optim.SGD(theirs, nesterov=nesterov, **HYPER)
     for step in range(7):
         gradients = [p.detach().clone() for p in parameters(dtype, seed=step + 1)]
@@ -69,7 +69,7 @@ def test_large_arrays_take_the_streaming_path_and_keep_their_bits() -> None:
     hyper = hyper_table()
     gradients = [p.detach().clone() for p in parameters(torch.float32, shapes, seed=9)]
     set_gradients(memory, 1, gradients)
-    memory.native_sgd(hyper, 2).run_update(0, 1, 0)
+    memory.cpu_sgd(hyper, 2).run_update(0, 1, 0)
     optimizer = torch.optim.SGD(theirs, **HYPER)
     for parameter, gradient in zip(theirs, gradients, strict=True):
         parameter.grad = gradient
@@ -87,7 +87,7 @@ def test_only_the_gradient_is_shrunk(shrink: float) -> None:
     gradients = [p.detach().clone() for p in parameters(torch.float64, seed=4)]
     set_gradients(memory, 0, gradients)
     hyper = hyper_table(shrink)
-    memory.native_sgd(hyper, 1).run_update(0, 0, 0)
+    memory.cpu_sgd(hyper, 1).run_update(0, 0, 0)
     optimizer = torch.optim.SGD(theirs, **HYPER)
     for parameter, gradient in zip(theirs, gradients, strict=True):
         parameter.grad = shrink * gradient
@@ -102,7 +102,7 @@ def test_a_parameter_without_gradient_is_carried_over_untouched() -> None:
     gradients[1] = torch.ones(SHAPES[1])
     set_gradients(memory, 1, gradients)
     hyper = hyper_table()
-    memory.native_sgd(hyper, 1).run_update(0, 1, 0)
+    memory.cpu_sgd(hyper, 1).run_update(0, 1, 0)
     for number, (old, new) in enumerate(zip(*memory.leaves, strict=True)):
         assert torch.equal(old, new) == (number != 1)
 
@@ -110,7 +110,7 @@ def test_a_parameter_without_gradient_is_carried_over_untouched() -> None:
 def test_the_batch_chooses_its_row_of_hyper_parameters() -> None:
     memory = FlatMemory([nn.Parameter(torch.zeros(4))], 1, 0)
     hyper = np.array([[0.1, 0, 0, 0, 1], [0.2, 0, 0, 0, 1], [0.4, 0, 0, 0, 1]], dtype=np.float64)
-    update = memory.native_sgd(hyper, 1)
+    update = memory.cpu_sgd(hyper, 1)
     for batch, lr in ((4, 0.2), (5, 0.4), (6, 0.1)):
         memory.weights[0].zero_()
         set_gradients(memory, 0, [torch.ones(4)])
@@ -137,7 +137,7 @@ def test_nan_and_infinity_pass_through() -> None:
     memory = FlatMemory([nn.Parameter(torch.zeros(3))], 1, 0)
     set_gradients(memory, 0, [torch.tensor([math.nan, math.inf, 1.0])])
     hyper = hyper_table()
-    memory.native_sgd(hyper, 1).run_update(0, 0, 0)
+    memory.cpu_sgd(hyper, 1).run_update(0, 0, 0)
     assert memory.leaves[0][0].isnan().tolist() == [True, False, False]
     assert memory.leaves[0][0].isinf().tolist() == [False, True, False]
 
@@ -165,7 +165,7 @@ def test_gradients_that_do_not_lie_like_their_parameter(
     """The update reads memory. A hook may put any tensor into ``.grad``."""
     mine, theirs = (parameters(torch.float64, [(3, 5), (4, 4)]) for _ in range(2))
     memory = FlatMemory(mine, 2, 0)
-    update = memory.native_sgd(hyper_table(), 1)
+    update = memory.cpu_sgd(hyper_table(), 1)
     gradient = torch.randn(3, 5, dtype=torch.float64)
     for leaf, parameter in zip(memory.leaves[0], theirs, strict=True):
         leaf.grad = torch.ones_like(leaf)

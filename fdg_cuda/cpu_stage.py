@@ -1,0 +1,116 @@
+"""A stage on the CPU: its stream is a thread, and mail is handed over by reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fdg_cuda._core import FlatSgd, Work
+from fdg_cuda.layout import INBOX_HALVES, Step
+from fdg_cuda.schedule import Kind
+from fdg_cuda.stage import Stage, wants_gradient
+
+
+class CpuStage(Stage):
+    """Its forward and backward run on its own thread."""
+
+    def __init__(self, index: int, layers: Sequence[nn.Module], slots: int, *, stash: bool) -> None:
+        super().__init__(index, layers, slots, stash=stash, device=torch.device("cpu"))
+        # Wiring, set by the runner.
+        self.below: CpuStage | None = None
+        self.above: CpuStage | None = None
+        self.inputs: dict[int, Tensor] = {}  # stage 0: batches that entered, by number
+        self._sgd: FlatSgd | None = None
+        # Mail: what the neighbours sent, and what this stage is about to send.
+        self._activations: list[Tensor | None] = [None] * INBOX_HALVES
+        self._errors: list[Tensor | None] = [None] * INBOX_HALVES
+        self._output: Tensor | None = None
+        self._error: Tensor | None = None
+
+    def begin_fit(self, *, hyper: np.ndarray, threads: int) -> None:
+        """Lay the parameters out anew if they changed, and make the native update."""
+        self.lay_out_anew()
+        self._sgd = self.memory.cpu_sgd(hyper, threads)
+
+    def end_fit(self) -> None:
+        super().end_fit()
+        self._sgd = None
+
+    def end_epoch(self) -> None:
+        super().end_epoch()
+        self.inputs.clear()
+        self._activations = [None] * INBOX_HALVES
+        self._errors = [None] * INBOX_HALVES
+        self._output = self._error = None
+
+    @property
+    def is_first(self) -> bool:
+        return self.below is None
+
+    @property
+    def is_last(self) -> bool:
+        return self.above is None
+
+    def work(self, step: Step) -> Callable[[int], None] | Work | None:
+        slot = step.slot
+        copy = slot if self._stash else 0
+        match step.kind:
+            case Kind.FORWARD:
+                return partial(self._forward, slot, copy)
+            case Kind.BACKWARD:
+                return partial(self._backward, slot, copy)
+            case Kind.SEND_ACTIVATION:
+                return self._send_activation
+            case Kind.SEND_ERROR:
+                return self._send_error
+            case Kind.COPY_WEIGHTS:
+                if not self._stash or not self.memory.parameters:
+                    return None
+                return self.native_sgd.copy(step.source, slot)
+            case Kind.UPDATE:
+                if not self.memory.parameters:
+                    return None
+                return self.native_sgd.update(step.source if self._stash else 0, copy)
+            case _:
+                raise ValueError(f"a stage on the CPU has no part in a {step.kind}")
+
+    @property
+    def native_sgd(self) -> FlatSgd:
+        """The fused update of the running fit."""
+        assert self._sgd is not None, "begin_fit comes first"
+        return self._sgd
+
+    def _take_input(self, batch: int) -> Tensor:
+        if self.below is None:
+            return self.inputs.pop(batch)
+        half = batch % INBOX_HALVES
+        activation = self._activations[half]
+        assert activation is not None, f"no activation of batch {batch} at stage {self.index}"
+        self._activations[half] = None
+        return activation.requires_grad_(wants_gradient(activation))
+
+    def _take_error(self, batch: int) -> Tensor | None:
+        half = batch % INBOX_HALVES
+        error = self._errors[half]
+        self._errors[half] = None
+        return error
+
+    def _pass_up(self, slot: int, batch: int, output: Tensor) -> None:
+        self._output = output
+
+    def _pass_down(self, batch: int, error: Tensor | None) -> None:
+        self._error = error
+
+    def _send_activation(self, batch: int) -> None:
+        assert self.above is not None
+        self.above._activations[batch % INBOX_HALVES] = self._output
+        self._output = None
+
+    def _send_error(self, batch: int) -> None:
+        assert self.below is not None
+        self.below._errors[batch % INBOX_HALVES] = self._error
+        self._error = None

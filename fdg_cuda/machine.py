@@ -1,0 +1,126 @@
+"""What a runner needs of the kind of device its stages are on."""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
+
+from fdg_cuda.batches import Batch
+from fdg_cuda.cpu_pipeline import CpuPipeline, torch_threads
+from fdg_cuda.cpu_stage import CpuStage
+from fdg_cuda.interrupts import Interrupts
+from fdg_cuda.layer_times import remembered
+from fdg_cuda.optim import DelayedSGD
+from fdg_cuda.pipeline import LossFunction, Pipeline
+from fdg_cuda.schedule import Schedule
+from fdg_cuda.split import measure
+from fdg_cuda.stage import Stage
+
+logger = logging.getLogger("fdg_cuda")
+
+
+class Machine(ABC):
+    """The devices of a runner.
+
+    Args:
+        schedule: the rule.
+        stash: whether each slot has its own weight copy.
+    """
+
+    def __init__(self, schedule: Schedule, *, stash: bool) -> None:
+        self.schedule = schedule
+        self.stash = stash
+
+    @abstractmethod
+    def make_stages(self, parts: Sequence[Sequence[nn.Module]]) -> Sequence[Stage]:
+        """One stage per device, each with its part of the chain, and wired to its neighbours."""
+
+    @abstractmethod
+    def pipeline(
+        self, loss_fn: LossFunction, optimizer: DelayedSGD, interrupts: Interrupts
+    ) -> Pipeline:
+        """What runs one ``fit`` of the stages made last."""
+
+    @abstractmethod
+    def layer_times(
+        self, layers: Sequence[nn.Module], batch: Batch, loss_fn: LossFunction
+    ) -> list[float]:
+        """Seconds each layer takes for forward plus backward on one of the devices."""
+
+    @abstractmethod
+    def forward(self, model: nn.Sequential, x: Tensor) -> Tensor:
+        """``model``'s output for ``x``, wherever its layers are."""
+
+    def check(self, model: nn.Module) -> None:
+        """Before each ``fit``: say what the caller should know."""
+
+
+class CpuMachine(Machine):
+    """Stages that share one processor.
+
+    Args:
+        cpu_threads: cores the stages share; None: ``torch.get_num_threads()``.
+    """
+
+    def __init__(self, schedule: Schedule, *, stash: bool, cpu_threads: int | None) -> None:
+        super().__init__(schedule, stash=stash)
+        if cpu_threads is not None and cpu_threads < 1:
+            raise ValueError(f"cpu_threads must be at least 1; got {cpu_threads}")
+        self._cpu_threads = cpu_threads
+        self._stages: list[CpuStage] = []
+        # For tests: (seed, longest delay in microseconds) put before every action.
+        self.injected_delays = (0, 0)
+
+    def make_stages(self, parts: Sequence[Sequence[nn.Module]]) -> Sequence[Stage]:
+        self._stages = [
+            CpuStage(k, part, self.schedule.slots(k), stash=self.stash)
+            for k, part in enumerate(parts)
+        ]
+        for lower, upper in zip(self._stages, self._stages[1:], strict=False):
+            lower.above, upper.below = upper, lower
+        return self._stages
+
+    def pipeline(
+        self, loss_fn: LossFunction, optimizer: DelayedSGD, interrupts: Interrupts
+    ) -> Pipeline:
+        return CpuPipeline(
+            self.schedule,
+            self._stages,
+            loss_fn,
+            optimizer,
+            threads=self._threads_per_stage(),
+            stash=self.stash,
+            interrupts=interrupts,
+            delays=self.injected_delays,
+        )
+
+    def layer_times(
+        self, layers: Sequence[nn.Module], batch: Batch, loss_fn: LossFunction
+    ) -> list[float]:
+        threads = self._threads_per_stage()
+        return remembered(
+            layers, batch, threads, lambda: measure(layers, batch, loss_fn, threads=threads)
+        )
+
+    def forward(self, model: nn.Sequential, x: Tensor) -> Tensor:
+        output: Tensor = model(x)
+        return output
+
+    def check(self, model: nn.Module) -> None:
+        random = [m for m in model.modules() if isinstance(m, _DropoutNd) and m.training]
+        if any(m.p > 0 for m in random) and self.schedule.stages > 1:
+            logger.warning(
+                "the model draws random numbers (%s): CPU stages share torch's generator, so with more "
+                "than one of them the same seed need not give the same bits",
+                type(random[0]).__name__,
+            )
+
+    def _threads_per_stage(self) -> int:
+        with torch_threads:
+            cores = self._cpu_threads or torch.get_num_threads()
+        return cores if self.schedule.method == "bp" else max(1, cores // self.schedule.stages)

@@ -1,0 +1,172 @@
+"""What CUDA stages send one another: memory that stays, and words that say what lies in it.
+
+Native copies look their addresses and sizes up in *words* (uint64 in host memory) when they are
+enqueued; see ``csrc/cuda/copy_work.h``. All of this is used by the one thread that enqueues.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fdg_cuda.accelerator import Lane, accelerator
+from fdg_cuda.layout import INBOX_HALVES
+
+Word = tuple[int, int]  # address of the first word, and how many take turns with the batches
+
+
+def word(words: np.ndarray, index: int) -> Word:
+    """One of ``words``."""
+    return int(words.ctypes.data) + index * words.itemsize, 1
+
+
+def turns(words: np.ndarray) -> Word:
+    """All of ``words``, taking turns with the batches."""
+    return int(words.ctypes.data), len(words)
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a tensor without gaps is laid out."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Form:
+        return cls(tuple(tensor.shape), tensor.stride(), tensor.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all elements."""
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+    def view(self, memory: Tensor) -> Tensor:
+        """The beginning of ``memory`` (bytes) as a tensor of this form."""
+        return memory[: self.nbytes].view(self.dtype).as_strided(self.shape, self.stride)
+
+
+def without_gaps(tensor: Tensor) -> Tensor:
+    """``tensor`` if its elements fill memory without gap, overlap or lazy sign; else a copy."""
+    plain = tensor.detach().resolve_conj().resolve_neg()
+    if torch.empty_like(plain, device="meta").stride() == plain.stride():
+        return plain
+    return plain.contiguous()
+
+
+def laid_out_like(tensor: Tensor, form: Form) -> Tensor:
+    """``tensor`` if it has ``form``'s strides; else a copy that has."""
+    plain = tensor.detach().resolve_conj().resolve_neg()
+    if plain.stride() == form.stride and not plain._is_zerotensor():
+        return plain
+    laid = torch.empty_strided(form.shape, form.stride, dtype=plain.dtype, device=plain.device)
+    return laid.copy_(plain)
+
+
+class Inbox:
+    """Two halves of memory on a stage's device; batch b arrives in half b mod 2.
+
+    Args:
+        device: the receiving stage's.
+        lane: a stream of that stage on which nothing else allocates.
+        staged: whether what arrives is first put into pinned host memory.
+    """
+
+    def __init__(self, device: torch.device, lane: Lane, *, staged: bool = False) -> None:
+        self._device = device
+        self._lane = lane
+        self._staged = staged
+        self.address = np.zeros(INBOX_HALVES, dtype=np.uint64)
+        self.pinned = np.zeros(INBOX_HALVES, dtype=np.uint64)
+        # Bytes that were sent to each half; 0: nothing, no gradient is wanted.
+        self.sent = np.zeros(INBOX_HALVES, dtype=np.uint64)
+        # Whether a captured graph sent them, so that they have the regular form.
+        self.by_graph = np.zeros(INBOX_HALVES, dtype=np.uint64)
+        self.regular: Form | None = None
+        self._forms: list[Form | None] = [None] * INBOX_HALVES
+        self._memory: list[Tensor] = []
+        self._replaced: list[Tensor] = []  # may still be read by what is in flight
+
+    def reserve(self, nbytes: int) -> None:
+        """Make room for ``nbytes`` in each half."""
+        if self._memory and self._memory[0].numel() >= nbytes:
+            return
+        self._replaced += self._memory
+        with accelerator().on(self._lane):
+            self._memory = [
+                torch.empty(max(nbytes, 1), dtype=torch.uint8, device=self._device)
+                for _ in range(INBOX_HALVES)
+            ]
+        self.address[:] = [half.data_ptr() for half in self._memory]
+        if self._staged:
+            halves = [accelerator().pinned(max(nbytes, 1)) for _ in range(INBOX_HALVES)]
+            self.pinned[:] = [half.data_ptr() for half in halves]
+            self._memory += halves
+
+    def expect(self, half: int, form: Form | None) -> None:
+        """A tensor of ``form`` will be sent to ``half`` (None: nothing will)."""
+        self._forms[half] = form
+        self.by_graph[half] = 0
+        self.sent[half] = 0 if form is None else form.nbytes
+        if form is not None:
+            self.reserve(form.nbytes)
+
+    def form(self, half: int) -> Form | None:
+        """The form of what was sent to ``half``; None for nothing."""
+        if not self.sent[half]:
+            return None
+        return self.regular if self.by_graph[half] else self._forms[half]
+
+    def view(self, half: int, form: Form) -> Tensor:
+        """What is in ``half``; it will be overwritten by what arrives there next."""
+        return form.view(self._memory[half])
+
+    def forget(self) -> None:
+        """Let go of memory that was replaced. Only while nothing is running."""
+        self._replaced.clear()
+
+
+class Outbox:
+    """Pinned host memory for what enters the pipeline, a row per batch on its way.
+
+    Args:
+        rows: after so many batches a row is written anew; by then its batch was copied.
+    """
+
+    def __init__(self, rows: int) -> None:
+        self.address = np.zeros(rows, dtype=np.uint64)
+        self.nbytes = np.zeros(rows, dtype=np.uint64)
+        self._rows = rows
+        self._forms: list[Form | None] = [None] * rows
+        self._memory: list[Tensor | None] = [None] * rows
+
+    def put(self, batch: int, tensor: Tensor) -> Form:
+        """Copy ``tensor`` to the row of ``batch``; returns how it is laid out there."""
+        row = batch % self._rows
+        source = without_gaps(tensor)
+        form = Form.of(source)
+        memory = self._memory[row]
+        if memory is None or memory.numel() < form.nbytes:
+            memory = accelerator().pinned(form.nbytes)
+            self._memory[row] = memory
+            self.address[row] = memory.data_ptr()
+        form.view(memory).copy_(source)
+        self._forms[row] = form
+        self.nbytes[row] = form.nbytes
+        return form
+
+    def form(self, batch: int) -> Form:
+        """How ``batch`` is laid out."""
+        form = self._forms[batch % self._rows]
+        assert form is not None, f"batch {batch} did not enter"
+        return form
+
+
+def addresses(tensors: Sequence[Tensor | None]) -> list[int]:
+    """Where each tensor lies; 0 for None."""
+    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
