@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h') setup.py pyproject.toml constraints.txt
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu') setup.py pyproject.toml constraints.txt
 
 .PHONY: help train test lint bench figures clean
 
@@ -28,7 +28,7 @@ test: $(VENV)/installed ## the whole test suite
 lint: $(VENV)/developer ## ruff, clang-format, mypy, and the stub against the extension
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror $$(find csrc tests/cpp -name '*.cpp' -o -name '*.h')
+	$(BIN)/clang-format --dry-run -Werror $$(find csrc tests/cpp -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 	$(BIN)/mypy
 	$(BIN)/python -m mypy.stubtest fdg_cuda._core --ignore-missing-stub --allowlist tests/stubtest_allowlist.txt
 	$(BIN)/python -m benchmarks.tables --check

@@ -82,7 +82,9 @@ def check_sanitizer(build: Build, folder: Path) -> None:
 def compile_tests(build: Build, folder: Path) -> Path:
     """The test program of ``build``, its objects compiled a few at a time."""
     check_sanitizer(build, folder)
-    core = sorted({*CORE.glob("*.cpp"), *CORE.glob("cpu/*.cpp"), *CORE.glob("trace/*.cpp")})
+    # sgd_chunks.cpp is the part of cuda/ that needs no toolkit.
+    patterns = ("*.cpp", "cpu/*.cpp", "trace/*.cpp", "cuda/sgd_chunks.cpp")
+    core = sorted(path for pattern in patterns for path in CORE.glob(pattern))
     sources = [(source, build.core) for source in core if source.name != "bindings.cpp"]
     sources += [(source, ("-O0",)) for source in sorted(TESTS.glob("*.cpp"))]
 
