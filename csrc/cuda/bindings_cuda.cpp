@@ -91,13 +91,18 @@ void bind(py::module_& m) {
            }),
            py::kw_only(), py::arg("eager"), py::arg("regular"), py::arg("rows"))
       .def(
+          "prepare_with",
+          [](GraphWork& self, const py::object& prepare) { self.prepare_with(as_work(prepare)); },
+          py::arg("prepare"))
+      .def(
           "use_graph",
           [](GraphWork& self, uintptr_t graph, const py::object& replay,
-             const std::vector<std::tuple<uint64_t, uint64_t, uint64_t>>& intakes,
+             const std::vector<std::tuple<uintptr_t, uint64_t, uint64_t, uintptr_t>>& intakes,
              const std::vector<std::pair<uintptr_t, std::vector<uint64_t>>>& words) {
             std::vector<GraphWork::Intake> copies;
-            for (const auto& [source, target, bytes] : intakes)
-              copies.push_back({source, target, bytes});
+            for (const auto& [source, target, bytes, sent] : intakes)
+              copies.push_back({reinterpret_cast<const uint64_t*>(source), target, bytes,
+                                reinterpret_cast<const uint64_t*>(sent)});
             std::vector<GraphWork::Words> restored;
             for (const auto& [place, values] : words)
               restored.push_back({reinterpret_cast<uint64_t*>(place), values});

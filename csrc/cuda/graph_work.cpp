@@ -29,15 +29,23 @@ void GraphWork::drop_graph() {
   words_.clear();
 }
 
+bool GraphWork::can_replay(int64_t batch) const {
+  return has_graph() && regular_[batch % rows_] &&
+         std::all_of(intakes_.begin(), intakes_.end(), [](const Intake& intake) {
+           return !intake.sent || *intake.sent == intake.bytes;
+         });
+}
+
 void GraphWork::run(Stream& stream, const Invocation& at) {
-  if (!has_graph() || !regular_[at.batch % rows_]) {
+  if (prepare_ && regular_[at.batch % rows_]) std::exchange(prepare_, nullptr)->run(stream, at);
+  if (!can_replay(at.batch)) {
     eager_->run(stream, at);
     return;
   }
   CudaStream& cuda_stream = on_cuda(stream);
   const int device = cuda_stream.device();
   for (const Intake& intake : intakes_)
-    copy_async(intake.target, device, intake.source, device, intake.bytes, cuda_stream.get());
+    copy_async(intake.target, device, *intake.source, device, intake.bytes, cuda_stream.get());
   for (const Words& words : words_)
     std::copy(words.values.begin(), words.values.end(), words.place);
   if (graph_)

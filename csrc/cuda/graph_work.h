@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "../action.h"
@@ -19,9 +20,10 @@ class GraphWork final : public Work {
 
   // Of what arrived in an inbox, into the memory the graph reads.
   struct Intake {
-    uint64_t source = 0;
+    const uint64_t* source = nullptr;  // word: where it arrived
     uint64_t target = 0;
     uint64_t bytes = 0;
+    const uint64_t* sent = nullptr;  // word: how many bytes arrived; null: always as many
   };
   // Host words as they must be after the graph; an eager run in between leaves others.
   struct Words {
@@ -29,8 +31,10 @@ class GraphWork final : public Work {
     std::vector<uint64_t> values;
   };
 
+  // Before the next regular batch `prepare` is run, once: it may call use_graph.
+  void prepare_with(std::shared_ptr<Work> prepare) { prepare_ = std::move(prepare); }
   // From now on regular batches are replayed: natively from `graph`, an instantiated graph that
-  // draws no random numbers and outlives this work, or by `replay` where there is none.
+  // draws no random numbers and outlives this work, or by `replay` where that is 0.
   void use_graph(uint64_t graph, std::shared_ptr<Work> replay, std::vector<Intake> intakes,
                  std::vector<Words> words);
   // From now on every batch is eager.
@@ -40,9 +44,12 @@ class GraphWork final : public Work {
   void run(Stream& stream, const Invocation& at) override;
 
  private:
+  bool can_replay(int64_t batch) const;
+
   const std::shared_ptr<Work> eager_;
   const uint8_t* const regular_;
   const int64_t rows_;
+  std::shared_ptr<Work> prepare_;
   cudaGraphExec_t graph_ = nullptr;
   std::shared_ptr<Work> replay_;
   std::vector<Intake> intakes_;
