@@ -20,8 +20,10 @@ from fdg_cuda.interrupts import Interrupts
 from fdg_cuda.metrics import count_correct
 from fdg_cuda.optim import DelayedSGD
 from fdg_cuda.program import Program
+from fdg_cuda.recorder import Recorder
 from fdg_cuda.schedule import Schedule
 from fdg_cuda.stage import Stage
+from fdg_cuda.timeline import Lane
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 MAX_TICKS_IN_FLIGHT = 4
@@ -41,6 +43,7 @@ class Pipeline:
         threads: intra-op threads per stage.
         stash: whether each slot has its own weight copy.
         interrupts: allowed while ticks run, held while state changes hands.
+        recorder: of the ticks, while they are traced.
         delays: (seed, longest in microseconds) of the sleeps put before every action, for tests.
     """
 
@@ -54,12 +57,14 @@ class Pipeline:
         threads: int,
         stash: bool,
         interrupts: Interrupts,
+        recorder: Recorder | None = None,
         delays: tuple[int, int] = (0, 0),
     ) -> None:
         self._schedule = schedule
         self._stages = list(stages)
         self._loss_fn = loss_fn
         self._interrupts = interrupts
+        self._recorder = recorder
         self._optimizer = optimizer
         self._shrinks = [schedule.shrinks(stage) for stage in range(schedule.stages)]
         # A row is written when its batch enters, at most MAX_TICKS_IN_FLIGHT ticks ahead of the
@@ -73,9 +78,10 @@ class Pipeline:
         # Before the stages' threads start: a thread keeps the arena it begins with.
         if os.environ.get("FDG_KEEP_FREED_MEMORY", "1") != "0":
             keep_freed_memory()
+        self._lanes = [Lane(stage, f"stage {stage}") for stage in range(schedule.stages)]
         self._scheduler = Scheduler(
             "cpu",
-            [f"stage {stage}" for stage in range(schedule.stages)],
+            [lane.name for lane in self._lanes],
             max_ticks_in_flight=MAX_TICKS_IN_FLIGHT,
             delay_seed=delays[0],
             max_delay_us=delays[1],
@@ -129,6 +135,8 @@ class Pipeline:
                 drained = True
             finally:
                 self._interrupts.hold()
+                if self._recorder is not None:
+                    self._recorder.end_epoch(self._scheduler, self._lanes, drained=drained)
             self._check_weights()
         except NonFiniteLossError:
             self._scheduler.close()
@@ -159,6 +167,8 @@ class Pipeline:
                     self._enter(tick, batch)
             if total is not None and tick >= total + self._schedule.latency:
                 return
+            if self._recorder is not None:
+                self._recorder.before_tick(self._scheduler, tick)
             self._program.submit(tick, total)
             if total is None:
                 entered()
