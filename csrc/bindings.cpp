@@ -19,6 +19,7 @@
 #include "python/extension.h"
 #include "python/python_work.h"
 #include "scheduler.h"
+#include "span.h"
 #include "trace/happens_before.h"
 #include "trace/trace_stream.h"
 
@@ -101,6 +102,13 @@ class PyScheduler {
     wait(*scheduler, [&] { return scheduler->wait_idle(kSignalInterval); });
   }
 
+  // Of a scheduler that has failed or was cancelled too.
+  std::vector<fdg::Span> take_spans() {
+    const auto scheduler = open();
+    wait_for(*scheduler, [&] { return scheduler->drain(kSignalInterval); });
+    return scheduler->take_spans();
+  }
+
   std::shared_ptr<fdg::trace::Log> log() const {
     if (!log_) throw std::runtime_error("only the trace backend keeps a log");
     return log_;
@@ -131,15 +139,20 @@ class PyScheduler {
   template <class Ready>
   void wait(const fdg::Scheduler& scheduler, const Ready& ready) {
     if (failed_) throw std::runtime_error("this scheduler has failed before; make a new one");
-    while (true) {
+    wait_for(scheduler, [&] {
       try {
-        if (without_gil(ready)) break;
+        return ready();
       } catch (...) {
         failed_ = true;
         throw;
       }
+    });
+  }
+
+  template <class Ready>
+  void wait_for(const fdg::Scheduler& scheduler, const Ready& ready) {
+    while (!without_gil(ready))
       if (PyErr_CheckSignals() != 0) throw py::error_already_set();
-    }
     if (scheduler_.get() != &scheduler)
       throw std::runtime_error("this scheduler was closed by another thread");
   }
@@ -249,11 +262,25 @@ PYBIND11_MODULE(_core, m) {
           "stream_handle",
           [](PyScheduler& self, int stream) { return self.open()->stream_handle(stream); },
           py::arg("stream"))
+      .def(
+          "record_spans", [](PyScheduler& self, bool on) { self.open()->record_spans(on); },
+          py::arg("on"))
+      .def("take_spans", &PyScheduler::take_spans)
       .def_property_readonly("ticks_in_flight",
                              [](PyScheduler& self) { return self.open()->ticks_in_flight(); })
       .def_property_readonly("buffer_names",
                              [](PyScheduler& self) { return self.open()->buffer_names(); })
       .def("operations", [](const PyScheduler& self) { return self.log()->operations; });
+
+  py::class_<fdg::Span>(m, "Span")
+      .def_readonly("code", &fdg::Span::code)
+      .def_readonly("stage", &fdg::Span::stage)
+      .def_readonly("slot", &fdg::Span::slot)
+      .def_readonly("stream", &fdg::Span::stream)
+      .def_readonly("tick", &fdg::Span::tick)
+      .def_readonly("batch", &fdg::Span::batch)
+      .def_readonly("begin_s", &fdg::Span::begin_s)
+      .def_readonly("end_s", &fdg::Span::end_s);
 
   using fdg::trace::Operation;
   using fdg::trace::OperationKind;

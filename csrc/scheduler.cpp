@@ -135,11 +135,22 @@ bool Scheduler::wait_for_room(std::chrono::milliseconds timeout) {
   return true;
 }
 
-bool Scheduler::wait_idle(std::chrono::milliseconds timeout) {
+bool Scheduler::drain(std::chrono::milliseconds timeout) {
   while (ticks_in_flight() > 0)
     if (!wait_oldest(timeout)) return false;
+  return true;
+}
+
+bool Scheduler::wait_idle(std::chrono::milliseconds timeout) {
+  if (!drain(timeout)) return false;
   failure_.rethrow();
   return true;
+}
+
+std::vector<Span> Scheduler::take_spans() {
+  if (ticks_in_flight() > 0)
+    throw std::logic_error("take_spans while ticks are in flight: wait_idle or drain comes first");
+  return backend_->take_spans();
 }
 
 }  // namespace fdg

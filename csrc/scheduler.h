@@ -13,6 +13,7 @@
 #include "action.h"
 #include "failure.h"
 #include "hazards.h"
+#include "span.h"
 #include "stream.h"
 
 namespace fdg {
@@ -37,10 +38,17 @@ class Scheduler {
   // Both return false when `timeout` passed first, and rethrow the first failure.
   bool wait_for_room(std::chrono::milliseconds timeout);
   bool wait_idle(std::chrono::milliseconds timeout);
+  // As wait_idle, but a failure stays where it is.
+  bool drain(std::chrono::milliseconds timeout);
   // Enqueues; never blocks. Call only when there is room.
   void submit(int tick_id, int64_t tick);
   // Nothing that has not begun will run; what was enqueued drains.
   void cancel() { failure_.set(nullptr); }
+
+  // Whether the actions of the ticks submitted from now on are measured.
+  void record_spans(bool on) { backend_->record_spans(on); }
+  // What was measured since the last call. Call only when idle.
+  std::vector<Span> take_spans();
 
   const std::vector<std::string>& buffer_names() const { return buffer_names_; }
   int64_t ticks_in_flight() const { return submitted_ - finished_; }

@@ -17,8 +17,10 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "action.h"
+#include "span.h"
 
 namespace fdg {
 
@@ -47,6 +49,14 @@ class Backend {
   virtual ~Backend() = default;
   virtual std::unique_ptr<Stream> make_stream(const std::string& name, Failure& failure) = 0;
   virtual std::unique_ptr<Event> make_event() = 0;
+
+  // Whether the actions enqueued from now on, on any stream, are measured: it is decided when an
+  // action is enqueued, not when it runs. Called by the enqueuing thread. A backend that cannot
+  // measure records nothing.
+  virtual void record_spans(bool) {}
+  // What was measured since the last call: one span for each recorded action that had work and ran,
+  // stream by stream, in each stream's order. Call only while nothing runs.
+  virtual std::vector<Span> take_spans() { return {}; }
 };
 
 }  // namespace fdg

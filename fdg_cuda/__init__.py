@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from fdg_cuda.errors import AliasedParameterError, NonFiniteLossError
     from fdg_cuda.metrics import BatchResult, EpochResult, Evaluation, History
     from fdg_cuda.runner import FDGRunner
+    from fdg_cuda.timeline import Timeline
 
 __version__ = "0.1.0"
 
@@ -23,6 +24,7 @@ __all__ = [
     "FDGRunner",
     "History",
     "NonFiniteLossError",
+    "Timeline",
     "__version__",
 ]
 
@@ -36,6 +38,7 @@ _MODULES = {
     "FDGRunner": "fdg_cuda.runner",
     "History": "fdg_cuda.metrics",
     "NonFiniteLossError": "fdg_cuda.errors",
+    "Timeline": "fdg_cuda.timeline",
 }
 
 if not TYPE_CHECKING:  # type checkers see the imports above, and no others

@@ -117,7 +117,7 @@ class TorchCuda(Accelerator):
         return torch.cuda.get_device_name(ordinal)
 
     def lane(self, ordinal: int, handle: int) -> Lane:
-        return torch.cuda.ExternalStream(handle, device=ordinal)
+        return torch.cuda.ExternalStream(handle, device=ordinal)  # type: ignore[no-untyped-call]
 
     def on(self, lane: Lane) -> AbstractContextManager[Any]:
         return torch.cuda.stream(lane)

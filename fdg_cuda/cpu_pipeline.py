@@ -21,7 +21,9 @@ from fdg_cuda.metrics import count_correct
 from fdg_cuda.optim import DelayedSGD
 from fdg_cuda.pipeline import MAX_TICKS_IN_FLIGHT, LossFunction, Pipeline
 from fdg_cuda.program import Program
+from fdg_cuda.recorder import Recorder
 from fdg_cuda.schedule import Schedule
+from fdg_cuda.timeline import Lane
 
 # Held by whoever changes torch's default number of intra-op threads, or relies on it.
 torch_threads = threading.Lock()
@@ -46,15 +48,19 @@ class CpuPipeline(Pipeline):
         threads: int,
         stash: bool,
         interrupts: Interrupts,
+        recorder: Recorder | None = None,
         delays: tuple[int, int] = (0, 0),
     ) -> None:
-        super().__init__(schedule, stages, loss_fn, optimizer, interrupts=interrupts)
+        super().__init__(
+            schedule, stages, loss_fn, optimizer, interrupts=interrupts, recorder=recorder
+        )
         self._stages = list(stages)
         self._targets: dict[int, Tensor] = {}
         # Before the stages' threads start: a thread keeps the arena it begins with.
         if os.environ.get("FDG_KEEP_FREED_MEMORY", "1") != "0":
             keep_freed_memory()
         layout = CpuLayout(schedule, stash=stash)
+        self._lanes = [Lane(layout.stage_of(i), name) for i, name in enumerate(layout.streams)]
         self._scheduler = Scheduler(
             "cpu",
             layout.streams,

@@ -72,6 +72,9 @@ class Layout(Protocol):
     def streams(self) -> list[str]:
         """The streams' names; a stage's own come one after the other, its compute stream first."""
 
+    def stage_of(self, stream: int) -> int:
+        """Whose stream it is."""
+
     def is_shared(self, buffer: str) -> bool:
         """Whether several streams use ``buffer``."""
 
@@ -86,6 +89,9 @@ class CpuLayout:
         self._last = schedule.stages - 1
         self._stash = stash
         self.streams = [f"stage {stage}" for stage in range(schedule.stages)]
+
+    def stage_of(self, stream: int) -> int:
+        return stream
 
     def is_shared(self, buffer: str) -> bool:
         return buffer[0] in "ae"
@@ -167,6 +173,9 @@ class CudaLayout:
     def receive(cls, stage: int) -> int:
         """The stream of what the stage takes in from the host."""
         return cls.STREAMS_PER_STAGE * stage + 2
+
+    def stage_of(self, stream: int) -> int:
+        return stream // self.STREAMS_PER_STAGE
 
     def is_shared(self, buffer: str) -> bool:
         return buffer[0] in "aeAEhdxym"

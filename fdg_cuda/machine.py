@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.dropout import _DropoutNd
 
 from fdg_cuda.batches import Batch
+from fdg_cuda.chain import warn_of_random_layers
 from fdg_cuda.cpu_pipeline import CpuPipeline, torch_threads
 from fdg_cuda.cpu_stage import CpuStage
 from fdg_cuda.interrupts import Interrupts
 from fdg_cuda.layer_times import remembered
 from fdg_cuda.optim import DelayedSGD
 from fdg_cuda.pipeline import LossFunction, Pipeline
+from fdg_cuda.recorder import Recorder
 from fdg_cuda.schedule import Schedule
 from fdg_cuda.split import measure
 from fdg_cuda.stage import Stage
-
-logger = logging.getLogger("fdg_cuda")
 
 
 class Machine(ABC):
@@ -42,7 +40,11 @@ class Machine(ABC):
 
     @abstractmethod
     def pipeline(
-        self, loss_fn: LossFunction, optimizer: DelayedSGD, interrupts: Interrupts
+        self,
+        loss_fn: LossFunction,
+        optimizer: DelayedSGD,
+        interrupts: Interrupts,
+        recorder: Recorder | None,
     ) -> Pipeline:
         """What runs one ``fit`` of the stages made last."""
 
@@ -86,7 +88,11 @@ class CpuMachine(Machine):
         return self._stages
 
     def pipeline(
-        self, loss_fn: LossFunction, optimizer: DelayedSGD, interrupts: Interrupts
+        self,
+        loss_fn: LossFunction,
+        optimizer: DelayedSGD,
+        interrupts: Interrupts,
+        recorder: Recorder | None,
     ) -> Pipeline:
         return CpuPipeline(
             self.schedule,
@@ -96,6 +102,7 @@ class CpuMachine(Machine):
             threads=self._threads_per_stage(),
             stash=self.stash,
             interrupts=interrupts,
+            recorder=recorder,
             delays=self.injected_delays,
         )
 
@@ -112,13 +119,8 @@ class CpuMachine(Machine):
         return output
 
     def check(self, model: nn.Module) -> None:
-        random = [m for m in model.modules() if isinstance(m, _DropoutNd) and m.training]
-        if any(m.p > 0 for m in random) and self.schedule.stages > 1:
-            logger.warning(
-                "the model draws random numbers (%s): CPU stages share torch's generator, so with more "
-                "than one of them the same seed need not give the same bits",
-                type(random[0]).__name__,
-            )
+        if self.schedule.stages > 1:
+            warn_of_random_layers(model)
 
     def _threads_per_stage(self) -> int:
         with torch_threads:

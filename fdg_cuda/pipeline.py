@@ -19,8 +19,10 @@ from fdg_cuda.errors import NonFiniteLossError
 from fdg_cuda.interrupts import Interrupts
 from fdg_cuda.optim import DelayedSGD
 from fdg_cuda.program import Program
+from fdg_cuda.recorder import Recorder
 from fdg_cuda.schedule import Schedule
 from fdg_cuda.stage import Stage
+from fdg_cuda.timeline import Lane
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 MAX_TICKS_IN_FLIGHT = 4
@@ -35,9 +37,11 @@ class Pipeline(ABC):
         loss_fn: mean loss of a batch.
         optimizer: where the hyper-parameters of a batch are read when it enters.
         interrupts: allowed while ticks run, held while state changes hands.
+        recorder: of the ticks, while they are traced.
     """
 
     _scheduler: Scheduler
+    _lanes: list[Lane]  # the scheduler's streams
     _program: Program
 
     def __init__(
@@ -48,11 +52,13 @@ class Pipeline(ABC):
         optimizer: DelayedSGD,
         *,
         interrupts: Interrupts,
+        recorder: Recorder | None = None,
     ) -> None:
         self._schedule = schedule
         self._all_stages = list(stages)
         self._loss_fn = loss_fn
         self._interrupts = interrupts
+        self._recorder = recorder
         self._optimizer = optimizer
         self._shrinks = [schedule.shrinks(stage) for stage in range(schedule.stages)]
         # What the host writes when a batch enters, at most MAX_TICKS_IN_FLIGHT ticks ahead of the
@@ -116,6 +122,8 @@ class Pipeline(ABC):
                 drained = True
             finally:
                 self._interrupts.hold()
+                if self._recorder is not None:
+                    self._recorder.end_epoch(self._scheduler, self._lanes, drained=drained)
             self._check_weights()
         except NonFiniteLossError:
             self._scheduler.close()
@@ -149,6 +157,8 @@ class Pipeline(ABC):
                     self._enter(tick, batch)
             if total is not None and tick >= total + self._schedule.latency:
                 return
+            if self._recorder is not None:
+                self._recorder.before_tick(self._scheduler, tick)
             self._program.submit(tick, total)
             if total is None:
                 entered()

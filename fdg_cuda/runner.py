@@ -5,22 +5,27 @@ from __future__ import annotations
 import copy
 import itertools
 import logging
-import time
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fdg_cuda.batches import Batches, Loader
-from fdg_cuda.chain import as_chain, check_parameters, check_shared
+from fdg_cuda.chain import (
+    as_chain,
+    check_parameters,
+    check_shared,
+    check_unchanged,
+)
 from fdg_cuda.devices import Device, parse_devices
+from fdg_cuda.epoch import train_epoch
 from fdg_cuda.inference import evaluate, predict
 from fdg_cuda.interrupts import Interrupts
 from fdg_cuda.machine import CpuMachine, Machine
 from fdg_cuda.metrics import (
-    Average,
     BatchResult,
     EpochResult,
     Evaluation,
@@ -29,9 +34,11 @@ from fdg_cuda.metrics import (
 )
 from fdg_cuda.optim import DelayedSGD, check_scheduler
 from fdg_cuda.pipeline import LossFunction, Pipeline
+from fdg_cuda.recorder import Recorder
 from fdg_cuda.schedule import Schedule
 from fdg_cuda.split import balance, check_split
 from fdg_cuda.stage import Stage
+from fdg_cuda.timeline import Timeline
 
 logger = logging.getLogger("fdg_cuda")
 
@@ -119,6 +126,7 @@ class FDGRunner:
         self._history: History | None = None
         self._fitting = False
         self._running = False  # fitting, and not drained
+        self._recorder: Recorder | None = None  # inside a `with runner.trace()`
         if split is not None:
             self._cut(check_split(split, len(self._layers), len(self._devices)))
         elif len(self._devices) == 1:
@@ -239,8 +247,14 @@ class FDGRunner:
             with Interrupts() as interrupts, self._pipeline(interrupts) as pipeline:
                 for epoch in range(epochs):
                     self._running = True
-                    result = self._train_epoch(
-                        pipeline, batches, epoch, history, step_batch, on_batch
+                    result = train_epoch(
+                        pipeline,
+                        batches.epoch(),
+                        epoch,
+                        self.optimizer,
+                        history,
+                        step_batch,
+                        on_batch,
                     )
                     self._running = False
                     history.epochs.append(result)
@@ -254,60 +268,57 @@ class FDGRunner:
             self._fitting = self._running = False
         return history
 
-    def _train_epoch(
-        self,
-        pipeline: Pipeline,
-        batches: Batches,
-        epoch: int,
-        history: History,
-        step_batch: Callable[[], object] | None,
-        on_batch: Callable[[BatchResult], object] | None,
-    ) -> EpochResult:
-        begin = time.perf_counter()
-        average = Average()
-        reported = 0
-
-        def report(known: int) -> None:
-            nonlocal reported
-            while reported < known:
-                loss, samples, correct = pipeline.results[reported]
-                average.add(loss, samples, correct)
-                history.batch_losses.append(loss)
-                if on_batch is not None:
-                    on_batch(BatchResult(reported, epoch, loss, samples, correct))
-                reported += 1
-
-        def entered() -> None:
-            self.optimizer.step()
-            if step_batch is not None:
-                step_batch()
-
-        pipeline.run_epoch(epoch, batches.epoch(), entered=entered, known=report)
-        averages = average.result()
-        return EpochResult(
-            epoch=epoch,
-            loss=averages.loss,
-            accuracy=averages.accuracy,
-            samples=averages.samples,
-            batches=reported,
-            seconds=time.perf_counter() - begin,
-        )
-
     @contextmanager
     def _pipeline(self, interrupts: Interrupts) -> Iterator[Pipeline]:
-        pipeline = self._machine.pipeline(self._loss_fn, self.optimizer, interrupts)
+        pipeline = self._machine.pipeline(self._loss_fn, self.optimizer, interrupts, self._recorder)
         try:
             yield pipeline
         finally:
             pipeline.close()
 
+    def trace(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        ticks: int = 50,
+        skip: int | None = None,
+    ) -> AbstractContextManager[Timeline]:
+        """Measure when every stage is at work: ``with runner.trace("out/trace.json") as timeline:``
+        and ``fit`` in the block. Training does the same, to the bit.
+
+        Args:
+            path: where the block, when it is left, writes the timeline for https://ui.perfetto.dev
+                or chrome://tracing; a picture is put beside it (``.png``). None: no files.
+            ticks: how many ticks are recorded at most, counted over all epochs.
+            skip: how many are left out before them; default: the fill and a few more.
+
+        Returns:
+            A context manager that gives a :class:`~fdg_cuda.Timeline`, filled after every epoch.
+
+        Raises:
+            TypeError, ValueError: an argument that cannot work.
+            RuntimeError: entered inside another trace of this runner, or while ``fit`` is running.
+            OSError: the files cannot be written.
+        """
+        return self._trace(Recorder(self._schedule, path, ticks=ticks, skip=skip))
+
+    @contextmanager
+    def _trace(self, recorder: Recorder) -> Iterator[Timeline]:
+        if self._recorder is not None or self._fitting:
+            where = (
+                "while fit is running" if self._fitting else "inside another trace of this runner"
+            )
+            raise RuntimeError(f"trace was entered {where}; use one trace at a time, around fit")
+        self._recorder = recorder
+        try:
+            with recorder as timeline:
+                yield timeline
+        finally:
+            self._recorder = None
+
     def _check_model(self) -> None:
         """What a caller may have changed since the runner was made."""
-        if [id(layer) for layer in self._model] != [id(layer) for layer in self._layers]:
-            raise RuntimeError(
-                "layers of the model were added, removed or replaced since this runner was made; "
-                "make a new FDGRunner for the changed model"
-            )
+        check_unchanged(self._model, self._layers)
         check_parameters(self._model)
         check_shared(self._model, [stage.layers for stage in self._stages])
         self._machine.check(self._model)

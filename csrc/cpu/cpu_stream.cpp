@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <chrono>
 #include <exception>
+#include <iterator>
+#include <utility>
 
 #if defined(__linux__)
 #include <pthread.h>
@@ -22,6 +24,10 @@ bool look(const Ready& ready) {
     std::this_thread::yield();
   }
   return ready();
+}
+
+double now_s() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
 // For debuggers and top.
@@ -70,10 +76,11 @@ bool CpuEvent::wait_host(std::chrono::milliseconds timeout) {
 }
 
 CpuStream::CpuStream(const Options& options, const std::string& name, uint64_t index,
-                     Failure& failure)
+                     Failure& failure, std::shared_ptr<SpanLog> log)
     : max_delay_us_(options.max_delay_us),
       delays_(options.delay_seed * 1000003 + index),
       failure_(failure),
+      log_(std::move(log)),
       thread_([this, name, on_start = options.on_thread_start] {
         name_this_thread(name);
         work(on_start);
@@ -90,18 +97,18 @@ CpuStream::~CpuStream() {
 }
 
 void CpuStream::run(const Action& action, const Invocation& at) {
-  held_.push_back({Kind::run, &action, nullptr, at});
+  held_.push_back({Kind::run, &action, nullptr, at, log_->on});
 }
 
 void CpuStream::record(Event& event) {
   auto& cpu_event = static_cast<CpuEvent&>(event);
   cpu_event.latest_ = std::make_shared<CpuRecord>();
-  held_.push_back({Kind::record, nullptr, cpu_event.latest_, {}});
+  held_.push_back({Kind::record, nullptr, cpu_event.latest_, {}, false});
 }
 
 void CpuStream::wait(Event& event) {
   auto& cpu_event = static_cast<CpuEvent&>(event);
-  if (cpu_event.latest_) held_.push_back({Kind::wait, nullptr, cpu_event.latest_, {}});
+  if (cpu_event.latest_) held_.push_back({Kind::wait, nullptr, cpu_event.latest_, {}, false});
 }
 
 void CpuStream::flush() {
@@ -152,20 +159,47 @@ void CpuStream::execute(const Operation& operation) {
 }
 
 void CpuStream::run_action(const Operation& operation) {
-  if (!operation.action->work || failure_.stopped()) return;
+  const Action& action = *operation.action;
+  if (!action.work || failure_.stopped()) return;
+  Span* span = nullptr;
   try {
     if (max_delay_us_ > 0) {
       std::uniform_int_distribution<int> delay_us(0, max_delay_us_);
       std::this_thread::sleep_for(std::chrono::microseconds(delay_us(delays_)));
     }
-    operation.action->work->run(*this, operation.at);
+    if (operation.measured) {
+      log_->spans.push_back({action.code, action.stage, action.slot, action.stream,
+                             operation.at.tick, operation.at.batch, 0, 0});
+      span = &log_->spans.back();
+      span->begin_s = now_s();
+    }
+    action.work->run(*this, operation.at);
   } catch (...) {
     failure_.set(std::current_exception());
   }
+  if (span) span->end_s = now_s();
 }
 
 std::unique_ptr<Stream> CpuBackend::make_stream(const std::string& name, Failure& failure) {
-  return std::make_unique<CpuStream>(options_, name, stream_count_++, failure);
+  auto log = std::make_shared<SpanLog>();
+  log->on = recording_;
+  logs_.push_back(log);
+  return std::make_unique<CpuStream>(options_, name, logs_.size() - 1, failure, std::move(log));
+}
+
+void CpuBackend::record_spans(bool on) {
+  recording_ = on;
+  for (const auto& log : logs_) log->on = on;
+}
+
+std::vector<Span> CpuBackend::take_spans() {
+  std::vector<Span> taken;
+  for (const auto& log : logs_) {
+    taken.insert(taken.end(), std::make_move_iterator(log->spans.begin()),
+                 std::make_move_iterator(log->spans.end()));
+    log->spans = {};  // and its memory
+  }
+  return taken;
 }
 
 }  // namespace fdg::cpu

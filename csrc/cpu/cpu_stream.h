@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "../failure.h"
+#include "../span.h"
 #include "../stream.h"
 
 namespace fdg::cpu {
@@ -49,10 +50,17 @@ class CpuEvent final : public Event {
   std::shared_ptr<CpuRecord> latest_;  // touched by the enqueuing thread only
 };
 
+// What one stream measured. Kept by the backend too, so it outlives the stream.
+struct SpanLog {
+  bool on = false;          // touched by the enqueuing thread only
+  std::vector<Span> spans;  // touched by the stream's worker only, while anything runs
+};
+
 class CpuStream final : public Stream {
  public:
   // `index` makes the stream's injected delays its own.
-  CpuStream(const Options& options, const std::string& name, uint64_t index, Failure& failure);
+  CpuStream(const Options& options, const std::string& name, uint64_t index, Failure& failure,
+            std::shared_ptr<SpanLog> log);
   ~CpuStream() override;
 
   void run(const Action& action, const Invocation& at) override;
@@ -67,6 +75,7 @@ class CpuStream final : public Stream {
     const Action* action;
     std::shared_ptr<CpuRecord> record;
     Invocation at;
+    bool measured;
   };
 
   void work(const std::function<std::shared_ptr<void>()>& on_start);
@@ -77,6 +86,7 @@ class CpuStream final : public Stream {
   const int max_delay_us_;
   std::mt19937_64 delays_;
   Failure& failure_;
+  const std::shared_ptr<SpanLog> log_;
   std::vector<Operation> held_;  // enqueued, not flushed yet
 
   std::mutex mutex_;
@@ -92,10 +102,13 @@ class CpuBackend final : public Backend {
   explicit CpuBackend(Options options) : options_(std::move(options)) {}
   std::unique_ptr<Stream> make_stream(const std::string& name, Failure& failure) override;
   std::unique_ptr<Event> make_event() override { return std::make_unique<CpuEvent>(); }
+  void record_spans(bool on) override;
+  std::vector<Span> take_spans() override;
 
  private:
   const Options options_;
-  uint64_t stream_count_ = 0;
+  bool recording_ = false;
+  std::vector<std::shared_ptr<SpanLog>> logs_;  // [stream]
 };
 
 }  // namespace fdg::cpu
