@@ -158,3 +158,73 @@ class HappensBeforeReport:
     def clean(self) -> bool: ...
 
 def check_happens_before(operations: Sequence[Operation]) -> HappensBeforeReport: ...
+
+# -- only where `backends` has "cuda" ---------------------------------------------------------------
+
+CUDA_HOST: int
+
+def cuda_peer_copies_work(source: int, target: int) -> bool:
+    """Whether device ``source`` can copy straight into the memory of ``target``: asked, and proved
+    once with a copy."""
+
+class CudaSgd:
+    """As :class:`FlatSgd`, on a device. ``gradients`` has a row of addresses per slot;
+    ``gradient_dtype`` is that of the weights, or ``"bfloat16"`` or ``"float16"`` with float32
+    weights; ``ticks_in_flight`` bounds the ticks that are enqueued and unfinished."""
+
+    def __init__(
+        self,
+        *,
+        dtype: str,
+        gradient_dtype: str,
+        stage: int,
+        segments: Sequence[tuple[int, int]],
+        weights: Sequence[int],
+        momentum: int,
+        gradients: int,
+        hyper: int,
+        hyper_rows: int,
+        hyper_columns: int,
+        progress: int,
+        device: int,
+        slots: int,
+        ticks_in_flight: int,
+    ) -> None: ...
+    def update(self, source: int, target: int, slot: int) -> Work: ...
+    def copy(self, source: int, target: int) -> Work: ...
+
+class CudaCopy(Work):
+    """Copies ``bytes`` from ``source`` to ``target``, each looked up, when the copy is enqueued, in
+    uint64 words: (address of the first, how many take turns with the batches). Devices are ordinals
+    or ``CUDA_HOST``."""
+
+    def __init__(
+        self,
+        *,
+        source: tuple[int, int],
+        source_device: int,
+        target: tuple[int, int],
+        target_device: int,
+        bytes: tuple[int, int],
+    ) -> None: ...
+
+class CudaGraphWork(Work):
+    """Calls ``eager``, or replays a graph for batches whose ``regular[batch % rows]`` (uint8) is set.
+
+    An intake is (address of the word that says where something arrived, where the graph reads it,
+    bytes, address of the word that says how many bytes arrived, or 0); words are (address, values).
+    """
+
+    def __init__(self, *, eager: Callable[[int], None] | Work, regular: int, rows: int) -> None: ...
+    def prepare_with(self, prepare: Callable[[int], None] | None) -> None: ...
+    def use_graph(
+        self,
+        *,
+        graph: int,
+        replay: Callable[[int], None] | None,
+        intakes: Sequence[tuple[int, int, int, int]],
+        words: Sequence[tuple[int, Sequence[int]]],
+    ) -> None: ...
+    def drop_graph(self) -> None: ...
+    @property
+    def has_graph(self) -> bool: ...

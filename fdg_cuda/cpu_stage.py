@@ -102,8 +102,10 @@ class CpuStage(Stage):
     def _pass_up(self, slot: int, batch: int, output: Tensor) -> None:
         self._output = output
 
-    def _pass_down(self, batch: int, error: Tensor | None) -> None:
-        self._error = error
+    def _pass_down(self, batch: int, leaf: Tensor | None) -> None:
+        assert leaf is not None
+        self._error = leaf.grad
+        leaf.grad = None
 
     def _send_activation(self, batch: int) -> None:
         assert self.above is not None

@@ -6,6 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
+from fdg_cuda import _core
+from fdg_cuda.accelerator import accelerator
+
 Device = int | str | torch.device
 
 
@@ -23,7 +26,14 @@ def parse_devices(devices: Sequence[Device]) -> list[torch.device]:
         )
     if not devices:
         raise ValueError("devices is empty; give one entry per stage, such as ['cpu', 'cpu']")
-    return [_parse(device) for device in devices]
+    parsed = [_parse(device) for device in devices]
+    kinds = {device.type for device in parsed}
+    if len(kinds) > 1:
+        raise ValueError(
+            f"devices mixes {' and '.join(sorted(kinds))} devices ({', '.join(map(str, parsed))}); a "
+            f"runner's stages are all on CUDA devices or all on the CPU"
+        )
+    return parsed
 
 
 def _parse(device: Device) -> torch.device:
@@ -39,16 +49,20 @@ def _parse(device: Device) -> torch.device:
             f"unknown device {device!r}; use 'cpu', or a CUDA ordinal such as 0"
         ) from None
     if parsed.type == "cuda":
-        count = torch.cuda.device_count()
+        count = accelerator().count()
         if (parsed.index is not None and not 0 <= parsed.index < max(count, 1)) or count == 0:
             have = f"this machine has {count} CUDA devices" if count else "there is none here"
             raise ValueError(
                 f"device {device!r} asks for a CUDA device, but {have}. Name 'cpu' once per stage for "
                 f"stages on the processor"
             )
-        raise ValueError(
-            f"device {device!r}: this build of fdg_cuda has no CUDA backend yet; use 'cpu'"
-        )
+        if "cuda" not in _core.backends:
+            raise ValueError(
+                f"device {device!r}: this installation of fdg_cuda has no CUDA part, since no nvcc was "
+                f"found when it was built. Install the CUDA toolkit and build again with FDG_CUDA=1 "
+                f"pip install --force-reinstall --no-deps ., or use 'cpu'"
+            )
+        return torch.device("cuda", parsed.index or 0)
     if parsed.type != "cpu":
         raise ValueError(
             f"device {device!r} is not supported; use 'cpu', or a CUDA ordinal such as 0"

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+import torch
 
 
 class NonFiniteLossError(ArithmeticError):
@@ -42,3 +45,42 @@ def said_where(where: str) -> Iterator[None]:
 
 class AliasedParameterError(RuntimeError):
     """A layer reaches a parameter in a way the runner cannot replace with a slot's own copy."""
+
+
+class DeviceOutOfMemoryError(torch.OutOfMemoryError):
+    """A stage does not fit on its device.
+
+    Attributes:
+        stage: which.
+        device: the device's ordinal.
+    """
+
+    def __init__(self, stage: int, device: int, cause: BaseException) -> None:
+        self.stage = stage
+        self.device = device
+        wanted = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", str(cause))
+        how_much = f" (it wanted {wanted[1]} more)" if wanted else ""
+        super().__init__(
+            f"stage {stage} does not fit on CUDA device {device}{how_much}. More stages (devices=[...] "
+            f"with more entries), backward_weights='current' or a smaller batch need less memory. "
+            f"torch said: {cause}"
+        )
+
+
+@contextmanager
+def said_out_of_memory(stage: int, device: int) -> Iterator[None]:
+    """Lack of memory on ``device`` is said with what would help."""
+    try:
+        yield
+    except DeviceOutOfMemoryError:
+        raise
+    except torch.OutOfMemoryError as error:
+        raise DeviceOutOfMemoryError(stage, device, error) from error
+    except RuntimeError as error:
+        if "cudaErrorMemoryAllocation" not in str(error):
+            raise
+        raise DeviceOutOfMemoryError(stage, device, error) from error
+
+
+class CaptureError(RuntimeError):
+    """A stage cannot be captured as a CUDA graph."""

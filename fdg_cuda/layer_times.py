@@ -40,9 +40,11 @@ def remembered(
     batch: tuple[Tensor, Tensor],
     threads: int,
     measure: Callable[[], list[float]],
+    *,
+    device: str = "cpu",
 ) -> list[float]:
     """Seconds per layer as measured earlier under the same circumstances, else ``measure()``."""
-    key = _key(layers, batch, threads)
+    key = _key(layers, batch, threads, device)
     if key not in _known:
         stored = _read().get(key)
         if stored is not None and len(stored) == len(layers):
@@ -53,7 +55,9 @@ def remembered(
     return _known[key]
 
 
-def _key(layers: Sequence[nn.Module], batch: tuple[Tensor, Tensor], threads: int) -> str:
+def _key(
+    layers: Sequence[nn.Module], batch: tuple[Tensor, Tensor], threads: int, device: str
+) -> str:
     def shape(tensor: Tensor) -> str:
         return f"{tuple(tensor.shape)} {tensor.stride()} {tensor.dtype}"
 
@@ -62,6 +66,7 @@ def _key(layers: Sequence[nn.Module], batch: tuple[Tensor, Tensor], threads: int
         platform.machine(),
         _cpu_name(),
         str(threads),
+        device,
         *map(shape, batch),
         *(
             f"{layer} {[(name, shape(p), p.requires_grad) for name, p in layer.named_parameters()]}"

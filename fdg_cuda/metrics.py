@@ -71,14 +71,25 @@ class Average:
         return Evaluation(self._loss / self.samples, accuracy, self.samples)
 
 
-def count_correct(output: Tensor, target: Tensor) -> int | None:
-    """Samples whose largest output is at the target's index: ``output`` (N, classes), ``target``
-    (N,) of an integer dtype. None for any other pair."""
+def has_classes(output: Tensor, target: Tensor) -> bool:
+    """Whether ``output`` (N, classes) can be compared with ``target`` (N,) of an integer dtype."""
     if output.ndim != 2 or output.shape[1] < 2 or target.shape != output.shape[:1]:
-        return None
-    if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
+        return False
+    return not (target.is_floating_point() or target.is_complex() or target.dtype == torch.bool)
+
+
+def count_correct(output: Tensor, target: Tensor) -> int | None:
+    """Samples whose largest output is at the target's index; None if there are no classes."""
+    if not has_classes(output, target):
         return None
     return int((output.argmax(dim=1) == target).sum())
+
+
+def correct_on_device(output: Tensor, target: Tensor) -> Tensor:
+    """:func:`count_correct` as a float64 scalar on the output's device; NaN for None."""
+    if not has_classes(output, target):
+        return torch.full((), torch.nan, dtype=torch.float64, device=output.device)
+    return (output.argmax(dim=1) == target).sum(dtype=torch.float64)
 
 
 def cross_entropy(output: Tensor, target: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from fdg_cuda.devices import Device, parse_devices
 from fdg_cuda.epoch import train_epoch
 from fdg_cuda.inference import evaluate, predict
 from fdg_cuda.interrupts import Interrupts
-from fdg_cuda.machine import CpuMachine, Machine
+from fdg_cuda.machines import make_machine
 from fdg_cuda.metrics import (
     BatchResult,
     EpochResult,
@@ -65,6 +65,8 @@ class FDGRunner:
         cpu_threads: cores that CPU stages share; default ``torch.get_num_threads()``. Each stage
             computes with ``cpu_threads // K`` of them, at least 1; ``"bp"``, whose stages take turns,
             with all.
+        graphs: on CUDA devices, whether stages run as captured graphs: ``"auto"``: those that can be
+            captured, ``True``: all, or an error; ``False``: none.
 
     The same seed gives the same bits on every run, however the stages' threads interleave, for
     models that draw no random numbers in their forward.
@@ -93,6 +95,7 @@ class FDGRunner:
         beta: float = 0.5,
         backward_weights: str = "stash",
         cpu_threads: int | None = None,
+        graphs: str | bool = "auto",
     ) -> None:
         self._model = as_chain(model)
         self._layers = list(self._model)
@@ -109,8 +112,12 @@ class FDGRunner:
                 f"give at most {len(self._layers)} devices, or a model with more children"
             )
         check_parameters(self._model)
-        self._machine: Machine = CpuMachine(
-            self._schedule, stash=backward_weights == "stash", cpu_threads=cpu_threads
+        self._machine = make_machine(
+            self._devices,
+            self._schedule,
+            stash=backward_weights == "stash",
+            cpu_threads=cpu_threads,
+            graphs=graphs,
         )
         self._loss_fn = loss_fn if loss_fn is not None else cross_entropy
         self.optimizer = DelayedSGD(

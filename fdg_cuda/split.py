@@ -90,12 +90,18 @@ def measure(
     loss: Callable[[Tensor, Tensor], Tensor],
     *,
     threads: int,
+    synchronize: Callable[[], object] = lambda: None,
+    random_devices: Sequence[int] = (),
 ) -> list[float]:
     """Seconds each layer takes for forward plus backward on ``batch``; the loss counts to the last.
 
     The smallest of repeated passes, since whatever else the machine does only adds. Leaves no
     trace: buffers, gradients, the global random state and the thread count are as before.
-    ``threads`` is the number of intra-op threads to measure with.
+
+    Args:
+        threads: intra-op threads to measure with.
+        synchronize: waits until the device has done what it was given.
+        random_devices: CUDA devices whose random state is to be as before.
     """
     buffers = SavedBuffers(layers)
     gradients = [(p, p.grad) for layer in layers for p in layer.parameters()]
@@ -103,9 +109,10 @@ def measure(
     seconds: list[list[float]] = [[] for _ in layers]
     try:
         torch.set_num_threads(threads)
-        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        with torch.random.fork_rng(devices=list(random_devices)), torch.enable_grad():
             for _ in range(REPEATS + 1):
-                for times, elapsed in zip(seconds, _one_pass(layers, batch, loss), strict=True):
+                passed = _one_pass(layers, batch, loss, synchronize)
+                for times, elapsed in zip(seconds, passed, strict=True):
                     times.append(elapsed)
     finally:
         torch.set_num_threads(previous_threads)
@@ -120,7 +127,12 @@ def _one_pass(
     layers: Sequence[nn.Module],
     batch: tuple[Tensor, Tensor],
     loss: Callable[[Tensor, Tensor], Tensor],
+    synchronize: Callable[[], object],
 ) -> list[float]:
+    def now() -> float:
+        synchronize()
+        return time.perf_counter()
+
     x, target = batch
     # Copies, since a layer may work in place on its input.
     inputs: list[Tensor] = []
@@ -131,22 +143,22 @@ def _one_pass(
         if number > 0 and (leaf.is_floating_point() or leaf.is_complex()):
             leaf.requires_grad_()
         value = leaf.clone()
-        begin = time.perf_counter()
+        begin = now()
         with said_where(f"layer {number}, a {type(layer).__name__}, at the first batch"):
             output = check_output(layer(value), f"layer {number}")
         if number == len(layers) - 1:
             with said_where("the loss of the first batch"):
                 output = check_loss(loss(output, target), 0)
-        seconds.append(time.perf_counter() - begin)
+        seconds.append(now() - begin)
         inputs.append(leaf)
         outputs.append(output)
         x = output
     error: Tensor | None = None
     for number in reversed(range(len(layers))):
-        begin = time.perf_counter()
+        begin = now()
         if outputs[number].requires_grad and (error is not None or number == len(layers) - 1):
             torch.autograd.backward([outputs[number]], [error])
-        seconds[number] += time.perf_counter() - begin
+        seconds[number] += now() - begin
         error = inputs[number].grad
         for parameter in layers[number].parameters():
             parameter.grad = None

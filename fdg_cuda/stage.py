@@ -214,8 +214,8 @@ class Stage(ABC):
         """Make ``output`` ready to be sent."""
 
     @abstractmethod
-    def _pass_down(self, batch: int, error: Tensor | None) -> None:
-        """Make the gradient of the stage's input ready to be sent."""
+    def _pass_down(self, batch: int, leaf: Tensor | None) -> None:
+        """Make the gradient of the stage's input ``leaf`` ready to be sent; None: there is none."""
 
     # -- the stage's computations -----------------------------------------------------------
 
@@ -276,9 +276,7 @@ class Stage(ABC):
                     torch.autograd.backward([root], [error])
         self.memory.collect_gradients(copy, row)
         if not self.is_first:
-            self._pass_down(batch, None if leaf is None else leaf.grad)
-            if leaf is not None:
-                leaf.grad = None
+            self._pass_down(batch, leaf)
 
     def _check_leaves(self, root: Tensor, leaf: Tensor, copy: int) -> None:
         """Refuse what would get a gradient and never be trained."""

@@ -1,0 +1,354 @@
+"""Forward and backward of a CUDA stage as captured graphs, one of each per slot.
+
+A graph's addresses are baked in, so every slot has graphs of its own: its weight copy, its input and
+its activations. It has memory of its own too (a pool per slot, not per stage): what one slot's
+forward frees while it is captured is free for any later capture of the same pool, and replaying that
+forward would then overwrite the activations another slot still needs for its backward.
+
+A stage that cannot be captured runs eagerly, with the same numbers.
+"""
+
+from __future__ import annotations
+
+import logging
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fdg_cuda import _core
+from fdg_cuda.accelerator import Graph, accelerator
+from fdg_cuda.buffers import SavedBuffers
+from fdg_cuda.cuda_stage import CudaStage
+from fdg_cuda.errors import CaptureError
+from fdg_cuda.layout import INBOX_HALVES
+from fdg_cuda.mail import Form, addresses, laid_out_like, without_gaps, word
+
+logger = logging.getLogger("fdg_cuda")
+
+# cuDNN and cuBLAS choose kernels and take workspaces in the first; the rest shows what stays.
+WARM_UPS = 3
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+Intake = tuple[int, int, int, int]
+Words = tuple[int, list[int]]
+
+
+@dataclass
+class SlotGraphs:
+    """The graphs of one slot and the memory they read and write."""
+
+    input: Tensor
+    target: Tensor | None
+    root: Tensor  # keeps the autograd graph, and with it the activations, alive
+    sent: Tensor | None = None  # what goes up; None at the last stage
+    error: Tensor | None = None  # where the error signal is taken in
+    gradients: Sequence[Tensor | None] = ()
+    error_down: Tensor | None = None
+    forward: Graph | None = None
+    backward: Graph | None = None
+
+
+class StageGraphs:
+    """The graphs of ``stage`` during one ``fit``, captured when a slot is first used."""
+
+    def __init__(self, stage: CudaStage) -> None:
+        self._stage = stage
+        self._slots: dict[int, SlotGraphs] = {}
+        self._forwards: dict[tuple[int, int], tuple[_core.CudaGraphWork, int]] = {}
+        self._backwards: dict[tuple[int, int], _core.CudaGraphWork] = {}
+        self._eager_because: str | None = None
+        self._warm = False
+        self._draws_random_numbers = False
+        self._circumstances: object = None
+        # Where every slot's backward takes the error signal in: one is at work at a time.
+        self._error: Tensor | None = None
+
+    # -- works ---------------------------------------------------------------------------------
+
+    def forward(
+        self, slot: int, copy: int, half: int, eager: Callable[[int], None]
+    ) -> _core.CudaGraphWork:
+        """The forward of ``slot`` for batches in inbox half ``half``."""
+        work = self._graph_work(eager)
+        self._forwards[slot, half] = work, copy
+        self._prepare_later(work, slot, copy, half)
+        return work
+
+    def backward(self, slot: int, half: int, eager: Callable[[int], None]) -> _core.CudaGraphWork:
+        """The backward of ``slot`` for error signals in inbox half ``half``."""
+        work = self._graph_work(eager)
+        self._backwards[slot, half] = work
+        if slot in self._slots:
+            self._equip_backward(slot, half)
+        return work
+
+    def begin_epoch(self) -> None:
+        """Capture again if the layers are no longer what they were (modes, buffers, settings)."""
+        now = self._circumstances_now()
+        if now == self._circumstances:
+            return
+        self._circumstances = now
+        self._eager_because = None
+        self._warm = False
+        self._slots.clear()
+        for (slot, half), (work, copy) in self._forwards.items():
+            work.drop_graph()
+            self._prepare_later(work, slot, copy, half)
+        for work in self._backwards.values():
+            work.drop_graph()
+
+    def _graph_work(self, eager: Callable[[int], None]) -> _core.CudaGraphWork:
+        regular = self._stage.fit.regular[self._stage.index]
+        return _core.CudaGraphWork(
+            eager=eager, regular=int(regular.ctypes.data), rows=self._stage.fit.rows
+        )
+
+    def _prepare_later(self, work: _core.CudaGraphWork, slot: int, copy: int, half: int) -> None:
+        work.prepare_with(lambda batch: self._prepare(slot, copy, half, batch))
+
+    def _prepare(self, slot: int, copy: int, half: int, batch: int) -> None:
+        """Before the first regular batch in ``slot``: its input has arrived."""
+        if slot not in self._slots and self._eager_because is None:
+            with self._stage.enqueuing():
+                self._capture(slot, copy, batch)
+        if slot in self._slots:
+            self._equip_forward(slot, half)
+            for other in range(INBOX_HALVES):
+                if (slot, other) in self._backwards:
+                    self._equip_backward(slot, other)
+
+    # -- what a work needs to replay ---------------------------------------------------------
+
+    def _equip_forward(self, slot: int, half: int) -> None:
+        stage, graphs = self._stage, self._slots[slot]
+        assert graphs.forward is not None
+        sent = 0 if stage.is_first else word(stage.inbox.sent, half)[0]
+        intakes = [_intake(word(stage.inbox.address, half)[0], graphs.input, sent)]
+        if graphs.target is not None:
+            intakes.append(_intake(word(stage.targets.address, half)[0], graphs.target, 0))
+        words: list[Words] = []
+        if stage.above is not None:
+            assert graphs.sent is not None
+            inbox = stage.above.inbox
+            words = [
+                (word(stage.output_words, slot)[0], [graphs.sent.data_ptr()]),
+                (word(inbox.sent, half)[0], [graphs.sent.nbytes]),
+                (word(inbox.by_graph, half)[0], [1]),
+            ]
+        self._use(self._forwards[slot, half][0], graphs.forward, intakes, words)
+
+    def _equip_backward(self, slot: int, half: int) -> None:
+        stage, graphs = self._stage, self._slots[slot]
+        if graphs.backward is None:
+            return
+        intakes: list[Intake] = []
+        if graphs.error is not None:
+            source, sent = word(stage.errors.address, half)[0], word(stage.errors.sent, half)[0]
+            intakes.append(_intake(source, graphs.error, sent))
+        row = stage.memory.gradient_table[slot]
+        words: list[Words] = [(int(row.ctypes.data), addresses(graphs.gradients))]
+        if stage.below is not None:
+            errors, down = stage.below.errors, graphs.error_down
+            words += [
+                (word(errors.sent, half)[0], [0 if down is None else down.nbytes]),
+                (word(errors.by_graph, half)[0], [1]),
+            ]
+            if down is not None:
+                words.append((word(stage.error_words, 0)[0], [down.data_ptr()]))
+        self._use(self._backwards[slot, half], graphs.backward, intakes, words)
+
+    def _use(
+        self,
+        work: _core.CudaGraphWork,
+        graph: Graph,
+        intakes: list[Intake],
+        words: list[Words],
+    ) -> None:
+        if not self._draws_random_numbers:
+            work.use_graph(graph=graph.handle, replay=None, intakes=intakes, words=words)
+            return
+
+        # Only torch's own replay moves its generator on; without that every batch would get the
+        # same random numbers.
+        def replay(batch: int) -> None:
+            with self._stage.enqueuing():
+                graph.replay()
+
+        work.use_graph(graph=0, replay=replay, intakes=intakes, words=words)
+
+    # -- capturing -----------------------------------------------------------------------------
+
+    def _capture(self, slot: int, copy: int, batch: int) -> None:
+        stage = self._stage
+        reason = _why_not(stage.layers)
+        if reason is not None:
+            self._run_eagerly(reason)
+            return
+        stage._sites.install(stage.memory.leaves[copy])
+        graphs = SlotGraphs(
+            input=stage._take_input(batch),
+            target=stage.take_target(batch) if stage.is_last else None,
+            root=torch.empty(0),
+        )
+        stage._target = graphs.target
+        # Neither warm-up nor capture may show in what is trained.
+        buffers = SavedBuffers(stage.layers)
+        host_random, device_random = (
+            torch.get_rng_state(),
+            accelerator().random_state(stage.ordinal),
+        )
+        try:
+            if not self._warm and not self._warm_up(graphs, copy, batch):
+                self._run_eagerly("it has nothing to differentiate", expected=True)
+                return
+            self._capture_both(graphs, copy, batch)
+            self._slots[slot] = graphs
+        except CaptureError as error:
+            self._run_eagerly(str(error), cause=error.__cause__)
+        finally:
+            stage._target = None
+            buffers.restore()
+            torch.set_rng_state(host_random)
+            accelerator().set_random_state(stage.ordinal, device_random)
+
+    def _warm_up(self, graphs: SlotGraphs, copy: int, batch: int) -> bool:
+        """Forward and backward on the stage's stream, eagerly. False if there is no backward."""
+        stage = self._stage
+        before = accelerator().random_state(stage.ordinal)
+        for _ in range(WARM_UPS):
+            root, output = stage._compute(graphs.input, batch)
+            if not root.requires_grad:
+                return False
+            stage._check_leaves(root, graphs.input, copy)
+            error = None if stage.is_last else torch.zeros_like(without_gaps(output))
+            self._gradients(graphs, root, error, copy)
+        after = accelerator().random_state(stage.ordinal)
+        self._draws_random_numbers = not torch.equal(before, after)
+        self._warm = True
+        return True
+
+    def _capture_both(self, graphs: SlotGraphs, copy: int, batch: int) -> None:
+        stage = self._stage
+        pool = accelerator().graph_pool()
+
+        def forward() -> list[Tensor]:
+            graphs.root, output = stage._compute(graphs.input, batch)
+            if stage.is_last:
+                return []
+            sent = without_gaps(output)
+            graphs.sent = sent if graphs.sent is None else graphs.sent
+            return [sent]
+
+        def backward() -> list[Tensor]:
+            gradients, down = self._gradients(graphs, graphs.root, graphs.error, copy)
+            if graphs.backward is None:
+                graphs.gradients, graphs.error_down = gradients, down
+            return [g for g in (*gradients, down) if g is not None]
+
+        graphs.forward = self._captured("forward", pool, forward)
+        if stage.above is not None:
+            assert graphs.sent is not None
+            form = Form.of(graphs.sent)
+            if self._error is None:
+                self._error = torch.zeros_like(graphs.sent)
+            graphs.error = self._error
+            if stage.above.inbox.regular not in (None, form):
+                raise CaptureError("its output changes its layout from batch to batch")
+            stage.above.inbox.regular = form
+            stage.above.inbox.reserve(form.nbytes)
+        if stage.below is not None:
+            stage.below.errors.regular = Form.of(graphs.input)
+            stage.below.errors.reserve(stage.below.errors.regular.nbytes)
+        graphs.backward = self._captured("backward", pool, backward)
+
+    def _captured(self, what: str, pool: object, function: Callable[[], list[Tensor]]) -> Graph:
+        stage = self._stage
+        try:
+            return accelerator().capture(stage.ordinal, stage.lane, pool, function)
+        except Exception as error:
+            first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise CaptureError(
+                f"its {what} cannot be captured: {first_line}{_at(error)}"
+            ) from error
+
+    def _gradients(
+        self, graphs: SlotGraphs, root: Tensor, error: Tensor | None, copy: int
+    ) -> tuple[list[Tensor | None], Tensor | None]:
+        """Of the parameters, laid out as the update reads them, and of the input."""
+        stage = self._stage
+        leaves = stage.memory.leaves[copy]
+        wanted = [graphs.input] if graphs.input.requires_grad else []
+        found = torch.autograd.grad(
+            [root],
+            [*leaves, *wanted],
+            grad_outputs=[error],
+            retain_graph=True,
+            allow_unused=True,
+        )
+        gradients: list[Tensor | None] = [
+            None if gradient is None else stage.memory.readable(gradient, leaf)
+            for gradient, leaf in zip(found, leaves, strict=False)
+        ]
+        down = found[-1] if wanted else None
+        if down is not None:
+            down = laid_out_like(down, Form.of(graphs.input))
+        return gradients, down
+
+    def _run_eagerly(
+        self, reason: str, *, expected: bool = False, cause: BaseException | None = None
+    ) -> None:
+        stage = self._stage
+        self._eager_because = reason
+        stage.fit.eager_because[stage.index] = reason
+        if expected:
+            logger.info("stage %d runs eagerly: %s", stage.index, reason)
+            return
+        if stage.fit.graphs == "always":
+            raise CaptureError(
+                f"graphs=True, but stage {stage.index} cannot run as captured graphs: {reason}. "
+                f"graphs='auto' runs such stages eagerly."
+            ) from cause
+        logger.warning("stage %d runs eagerly, which is slower: %s", stage.index, reason)
+
+    def _circumstances_now(self) -> object:
+        """What a graph has baked in and a caller may change between two epochs."""
+        return [
+            (
+                str(layer),
+                [module.training for module in layer.modules()],
+                addresses(list(layer.buffers())),
+                [
+                    (p.data_ptr(), p.requires_grad)
+                    for p in layer.parameters()
+                    if not p.requires_grad
+                ],
+                _why_not([layer]),
+            )
+            for layer in self._stage.layers
+        ]
+
+
+def _intake(source: int, target: Tensor, sent: int) -> Intake:
+    return source, target.data_ptr(), target.nbytes, sent
+
+
+def _why_not(layers: Sequence[nn.Module]) -> str | None:
+    """What speaks against capturing ``layers`` before it is tried."""
+    for layer in layers:
+        for module in layer.modules():
+            if any(getattr(module, hooks, None) for hooks in HOOKS):
+                return f"a {type(module).__name__} has hooks, which a graph would not call"
+    return None
+
+
+def _at(error: BaseException) -> str:
+    """Where in the model ``error`` arose, as " (at file.py:12: code)"."""
+    ours = (Path(__file__).parent, Path(torch.__file__).parent)
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if not any(folder in Path(frame.filename).parents for folder in ours):
+            return f" (at {Path(frame.filename).name}:{frame.lineno}: {frame.line})"
+    return ""

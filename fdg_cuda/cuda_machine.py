@@ -1,0 +1,135 @@
+"""Stages on CUDA devices."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from fdg_cuda import _core
+from fdg_cuda.accelerator import accelerator
+from fdg_cuda.batches import Batch
+from fdg_cuda.cuda_pipeline import CudaPipeline
+from fdg_cuda.cuda_stage import CudaStage
+from fdg_cuda.interrupts import Interrupts
+from fdg_cuda.layer_times import remembered
+from fdg_cuda.machine import Machine
+from fdg_cuda.optim import DelayedSGD
+from fdg_cuda.pipeline import LossFunction, Pipeline
+from fdg_cuda.recorder import Recorder
+from fdg_cuda.schedule import Schedule
+from fdg_cuda.split import measure
+from fdg_cuda.stage import Stage
+
+logger = logging.getLogger("fdg_cuda")
+
+GRAPHS = {"auto": "auto", True: "always", False: "never"}
+
+
+class CudaMachine(Machine):
+    """One stage per entry of ``ordinals``; several may name the same device.
+
+    Args:
+        graphs: ``"auto"``, True or False.
+    """
+
+    def __init__(
+        self, schedule: Schedule, ordinals: Sequence[int], *, stash: bool, graphs: str | bool
+    ) -> None:
+        super().__init__(schedule, stash=stash)
+        self._ordinals = list(ordinals)
+        self._graphs = GRAPHS[graphs]
+        self._stages: list[CudaStage] = []
+        # For tests: see CudaPipeline; and hops that are staged although devices reach each other.
+        self.injected_delays = (0, 0)
+        self.stage_every_hop = False
+
+    def make_stages(self, parts: Sequence[Sequence[nn.Module]]) -> Sequence[Stage]:
+        self._stages = [
+            CudaStage(k, part, self.schedule.slots(k), stash=self.stash, ordinal=ordinal)
+            for k, (part, ordinal) in enumerate(zip(parts, self._ordinals, strict=True))
+        ]
+        for lower, upper in pairwise(self._stages):
+            lower.above, upper.below = upper, lower
+        return self._stages
+
+    def pipeline(
+        self,
+        loss_fn: LossFunction,
+        optimizer: DelayedSGD,
+        interrupts: Interrupts,
+        recorder: Recorder | None,
+    ) -> Pipeline:
+        return CudaPipeline(
+            self.schedule,
+            self._stages,
+            loss_fn,
+            optimizer,
+            stash=self.stash,
+            staged=[self._is_staged(*hop) for hop in pairwise(self._ordinals)],
+            graphs=self._graphs,
+            interrupts=interrupts,
+            recorder=recorder,
+            delays=self.injected_delays,
+        )
+
+    def _is_staged(self, lower: int, upper: int) -> bool:
+        if self.stage_every_hop:
+            return True
+        if _core.cuda_peer_copies_work(lower, upper) and _core.cuda_peer_copies_work(upper, lower):
+            return False
+        logger.info(
+            "CUDA devices %d and %d cannot reach each other's memory: what goes between them passes "
+            "through the host's",
+            lower,
+            upper,
+        )
+        return True
+
+    def layer_times(
+        self, layers: Sequence[nn.Module], batch: Batch, loss_fn: LossFunction
+    ) -> list[float]:
+        ordinal = self._ordinals[0]
+        device = accelerator().device(ordinal)
+
+        def on_device() -> list[float]:
+            for layer in layers:
+                layer.to(device)
+            return measure(
+                layers,
+                (batch[0].to(device), batch[1].to(device)),
+                loss_fn,
+                threads=torch.get_num_threads(),
+                synchronize=lambda: accelerator().synchronize(ordinal),
+                random_devices=[ordinal] if device.type == "cuda" else [],
+            )
+
+        def measured() -> list[float]:
+            try:
+                return on_device()
+            except torch.OutOfMemoryError:
+                logger.warning(
+                    "the whole model does not fit on CUDA device %d, so its layers are measured on "
+                    "the CPU; give split=[...] if the cut turns out unbalanced",
+                    ordinal,
+                )
+                accelerator().release()
+                for layer in layers:
+                    layer.to("cpu")
+                cpu = (batch[0].cpu(), batch[1].cpu())
+                return measure(layers, cpu, loss_fn, threads=torch.get_num_threads())
+
+        return remembered(layers, batch, 1, measured, device=accelerator().name(ordinal))
+
+    def forward(self, model: nn.Sequential, x: Tensor) -> Tensor:
+        if not self._stages:
+            output: Tensor = model(x)
+            return output
+        for stage in self._stages:
+            x = x.to(stage.device)
+            for layer in stage.layers:
+                x = layer(x)
+        return x

@@ -1,0 +1,125 @@
+"""The pipeline on CUDA devices: one thread enqueues everything, and waits only for room."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from fdg_cuda._core import Scheduler
+from fdg_cuda.accelerator import accelerator
+from fdg_cuda.batches import Batch
+from fdg_cuda.cuda_stage import METRICS, CudaFit, CudaStage
+from fdg_cuda.errors import NonFiniteLossError
+from fdg_cuda.interrupts import Interrupts
+from fdg_cuda.layout import CudaLayout
+from fdg_cuda.mail import Form, Outbox
+from fdg_cuda.optim import DelayedSGD
+from fdg_cuda.pipeline import MAX_TICKS_IN_FLIGHT, LossFunction, Pipeline
+from fdg_cuda.program import Program
+from fdg_cuda.recorder import Recorder
+from fdg_cuda.schedule import Schedule
+from fdg_cuda.timeline import Lane
+
+
+class CudaPipeline(Pipeline):
+    """See :class:`Pipeline`.
+
+    Args:
+        stash: whether each slot has its own weight copy.
+        staged: per hop, whether it goes through pinned host memory.
+        graphs: ``"auto"``, ``"always"`` or ``"never"``.
+        delays: (seed, longest in microseconds) of the device's sleeps before every action, for tests.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        stages: Sequence[CudaStage],
+        loss_fn: LossFunction,
+        optimizer: DelayedSGD,
+        *,
+        stash: bool,
+        staged: Sequence[bool],
+        graphs: str,
+        interrupts: Interrupts,
+        recorder: Recorder | None = None,
+        delays: tuple[int, int] = (0, 0),
+    ) -> None:
+        super().__init__(
+            schedule, stages, loss_fn, optimizer, interrupts=interrupts, recorder=recorder
+        )
+        self._stages = list(stages)
+        self._regular: tuple[Form, Form] | None = None  # of the first batch's input and target
+        self._samples = np.zeros(self._rows, dtype=np.int64)
+        layout = CudaLayout(schedule, stash=stash, staged=staged)
+        self._lanes = [Lane(layout.stage_of(i), name) for i, name in enumerate(layout.streams)]
+        ordinals = [self._stages[lane.stage].ordinal for lane in self._lanes]
+        self._scheduler = Scheduler(
+            "cuda",
+            layout.streams,
+            max_ticks_in_flight=MAX_TICKS_IN_FLIGHT,
+            devices=ordinals,
+            delay_seed=delays[0],
+            max_delay_us=delays[1],
+        )
+        try:
+            self._fit = self._make_fit(ordinals, staged, graphs)
+            for stage in self._stages:
+                stage.begin_fit(self._fit)
+            self._program = Program(schedule, layout, self._scheduler, self._stages)
+        except BaseException:
+            self.close()
+            raise
+
+    def _make_fit(self, ordinals: list[int], staged: Sequence[bool], graphs: str) -> CudaFit:
+        results = accelerator().pinned(self._rows * METRICS * 8).view(torch.float64)
+        results = results.view(self._rows, METRICS)
+        return CudaFit(
+            lanes=[
+                accelerator().lane(ordinal, self._scheduler.stream_handle(index))
+                for index, ordinal in enumerate(ordinals)
+            ],
+            staged=list(staged),
+            hyper=self._hyper,
+            regular=np.zeros((self._schedule.stages, self._rows), dtype=np.uint8),
+            rows=self._rows,
+            ticks_in_flight=MAX_TICKS_IN_FLIGHT,
+            inputs=Outbox(self._rows),
+            targets=Outbox(self._rows),
+            results=results,
+            result_addresses=np.array([row.data_ptr() for row in results], dtype=np.uint64),
+            loss_fn=self._loss_fn,
+            graphs=graphs,
+        )
+
+    def close(self) -> None:
+        super().close()
+        accelerator().release()
+
+    def _put(self, number: int, batch: Batch) -> None:
+        fit = self._fit
+        form_of_input = fit.inputs.put(number, batch[0])
+        form_of_target = fit.targets.put(number, batch[1])
+        forms = (form_of_input, form_of_target)
+        self._regular = forms if self._regular is None else self._regular
+        row = number % self._rows
+        fit.regular[:, row] = forms == self._regular
+        self._samples[row] = len(batch[1])
+        self._stages[0].inbox.reserve(form_of_input.nbytes)
+        self._stages[-1].targets.reserve(form_of_target.nbytes)
+
+    def _settle(self) -> None:
+        for ordinal in {stage.ordinal for stage in self._stages}:
+            accelerator().synchronize(ordinal)
+
+    def _gather(self, done: int) -> None:
+        for batch in range(len(self.results), done):
+            row = batch % self._rows
+            loss, correct = self._fit.results[row].tolist()
+            if not math.isfinite(loss):
+                raise NonFiniteLossError(loss, batch, self._epoch)
+            answers = None if math.isnan(correct) else round(correct)
+            self.results.append((loss, int(self._samples[row]), answers))

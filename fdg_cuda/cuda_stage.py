@@ -1,0 +1,334 @@
+"""A stage on a CUDA device: mail is copied natively between memory that stays.
+
+All of this runs on the one thread that enqueues, in the order of enqueuing. What a copy stream still
+reads must not be given back to torch's allocator, which knows nothing of that stream: outputs stay
+in their slot until the slot's backward, an error signal until the next one, and by then the compute
+stream waits for their copies (``fdg_cuda/layout.py`` says who waits for what).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fdg_cuda import _core
+from fdg_cuda._core import Work
+from fdg_cuda.accelerator import Lane, accelerator
+from fdg_cuda.chain import check_loss
+from fdg_cuda.errors import said_out_of_memory
+from fdg_cuda.flat import DTYPES
+from fdg_cuda.layout import INBOX_HALVES, CudaLayout, Step, Transfer
+from fdg_cuda.mail import Form, Inbox, Outbox, laid_out_like, turns, without_gaps, word
+from fdg_cuda.metrics import correct_on_device
+from fdg_cuda.schedule import Kind
+from fdg_cuda.stage import Stage, wants_gradient
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from fdg_cuda.cuda_graphs import StageGraphs
+    from fdg_cuda.pipeline import LossFunction
+
+logger = logging.getLogger("fdg_cuda")
+
+METRICS = 2  # float64: loss, correct answers (NaN where there are no classes)
+WORD = np.uint64
+
+
+@dataclass
+class CudaFit:
+    """What the stages of one ``fit`` share.
+
+    Attributes:
+        lanes: torch's view of the scheduler's streams, in their order.
+        staged: per hop, whether it goes through pinned host memory.
+        regular: uint8 (stages, rows): whether the batch in a row has the regular form there.
+        inputs, targets: the batches that entered, in pinned memory.
+        results: float64 (rows, METRICS) in pinned memory, with the address of each row.
+        graphs: ``"auto"``, ``"always"`` or ``"never"``.
+    """
+
+    lanes: list[Lane]
+    staged: list[bool]
+    hyper: np.ndarray
+    regular: np.ndarray
+    rows: int
+    ticks_in_flight: int
+    inputs: Outbox
+    targets: Outbox
+    results: Tensor
+    result_addresses: np.ndarray
+    loss_fn: LossFunction
+    graphs: str
+    eager_because: dict[int, str] = field(default_factory=dict)
+
+
+class CudaStage(Stage):
+    """Its forward, backward and update are enqueued on its own compute stream.
+
+    Args:
+        ordinal: of its device.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        layers: Sequence[nn.Module],
+        slots: int,
+        *,
+        stash: bool,
+        ordinal: int,
+    ) -> None:
+        self.ordinal = ordinal
+        device = accelerator().device(ordinal)
+        with said_out_of_memory(index, ordinal):
+            for layer in layers:
+                layer.to(device)
+            super().__init__(index, layers, slots, stash=stash, device=device)
+        # Wiring, set by the machine.
+        self.below: CudaStage | None = None
+        self.above: CudaStage | None = None
+        self._fit: CudaFit | None = None
+        self._sgd: _core.CudaSgd | None = None
+        self._graphs: StageGraphs | None = None
+        self._target: Tensor | None = None  # of the batch whose loss is computed
+
+    # -- on the caller's thread, with nothing running ------------------------------------------
+
+    def begin_fit(self, fit: CudaFit) -> None:
+        """Lay the parameters out anew if they changed; make inboxes and the native update."""
+        from fdg_cuda.cuda_graphs import StageGraphs
+
+        with said_out_of_memory(self.index, self.ordinal):
+            for layer in self.layers:
+                layer.to(self.device)
+            self.lay_out_anew()
+            self._fit = fit
+            mailroom = fit.lanes[CudaLayout.receive(self.index)]
+            below, above = self.index - 1, self.index
+            # Activations from below; at stage 0 the inputs.
+            self.inbox = Inbox(
+                self.device, mailroom, staged=not self.is_first and fit.staged[below]
+            )
+            self.errors = Inbox(
+                self.device, mailroom, staged=not self.is_last and fit.staged[above]
+            )
+            self.targets = Inbox(self.device, mailroom)
+            # Where the output of each slot, and the latest error signal, lie.
+            self.output_words = np.zeros(len(self._slots), dtype=WORD)
+            self.error_words = np.zeros(1, dtype=WORD)
+            self._outputs: list[Tensor | None] = [None] * len(self._slots)
+            self._error: Tensor | None = None
+            self.metrics = torch.zeros(METRICS, dtype=torch.float64, device=self.device)
+            self._metrics_words = np.array(
+                [self.metrics.data_ptr(), self.metrics.nbytes], dtype=WORD
+            )
+            if self.memory.parameters:
+                self._sgd = _core.CudaSgd(
+                    **self.memory.addresses(fit.hyper),
+                    gradient_dtype=DTYPES[self.memory.dtype],
+                    device=self.ordinal,
+                    slots=len(self._slots),
+                    ticks_in_flight=fit.ticks_in_flight,
+                )
+        self.loss = self._loss
+        self._graphs = StageGraphs(self) if fit.graphs != "never" else None
+
+    def end_fit(self) -> None:
+        super().end_fit()
+        self._sgd = None
+        self._graphs = None
+        self._fit = None
+        self._target = None
+        for name in ("inbox", "errors", "targets", "metrics"):
+            self.__dict__.pop(name, None)
+
+    def begin_epoch(self, first_slot: int) -> None:
+        with said_out_of_memory(self.index, self.ordinal):
+            super().begin_epoch(first_slot)
+        if self._graphs is not None:
+            self._graphs.begin_epoch()
+
+    def end_epoch(self) -> None:
+        super().end_epoch()
+        self._outputs = [None] * len(self._slots)
+        self._error = self._target = None
+        for inbox in (self.inbox, self.errors, self.targets):
+            inbox.forget()
+
+    @property
+    def fit(self) -> CudaFit:
+        """The running fit."""
+        assert self._fit is not None, "begin_fit comes first"
+        return self._fit
+
+    @property
+    def is_first(self) -> bool:
+        return self.below is None
+
+    @property
+    def is_last(self) -> bool:
+        return self.above is None
+
+    @property
+    def lane(self) -> Lane:
+        """The compute stream, as torch knows it."""
+        return self.fit.lanes[CudaLayout.compute(self.index)]
+
+    # -- works -----------------------------------------------------------------------------------
+
+    def work(self, step: Step) -> Callable[[int], None] | Work | None:
+        slot, half = step.slot, step.half
+        copy = slot if self._stash else 0
+        fit = self.fit
+        match step.kind:
+            case Kind.FORWARD:
+                eager = partial(self._enqueue_forward, slot, copy)
+                return self._graphs.forward(slot, copy, half, eager) if self._graphs else eager
+            case Kind.BACKWARD:
+                eager = partial(self._enqueue_backward, slot, copy)
+                return self._graphs.backward(slot, half, eager) if self._graphs else eager
+            case Kind.COPY_WEIGHTS:
+                return self._sgd.copy(step.source, slot) if self._sgd and self._stash else None
+            case Kind.UPDATE:
+                source = step.source if self._stash else 0
+                return self._sgd.update(source, copy, slot) if self._sgd else None
+            case Kind.SEND_ACTIVATION:
+                assert self.above is not None
+                return self._send(word(self.output_words, slot), self.above, self.above.inbox, half)
+            case Kind.SEND_ERROR:
+                assert self.below is not None
+                return self._send(word(self.error_words, 0), self.below, self.below.errors, half)
+            case Transfer.RECEIVE_ACTIVATION:
+                return self._receive(self.inbox, half)
+            case Transfer.RECEIVE_ERROR:
+                return self._receive(self.errors, half)
+            case Transfer.LOAD_INPUT:
+                return self._load(fit.inputs, self.inbox, half)
+            case Transfer.LOAD_TARGET:
+                return self._load(fit.targets, self.targets, half)
+            case Transfer.READ_METRICS:
+                return _core.CudaCopy(
+                    source=word(self._metrics_words, 0),
+                    source_device=self.ordinal,
+                    target=turns(fit.result_addresses),
+                    target_device=_core.CUDA_HOST,
+                    bytes=word(self._metrics_words, 1),
+                )
+
+    def _send(self, source: tuple[int, int], to: CudaStage, inbox: Inbox, half: int) -> Work:
+        staged = fit_hop_is_staged(self, to)
+        return _core.CudaCopy(
+            source=source,
+            source_device=self.ordinal,
+            target=word(inbox.pinned if staged else inbox.address, half),
+            target_device=_core.CUDA_HOST if staged else to.ordinal,
+            bytes=word(inbox.sent, half),
+        )
+
+    def _receive(self, inbox: Inbox, half: int) -> Work:
+        return _core.CudaCopy(
+            source=word(inbox.pinned, half),
+            source_device=_core.CUDA_HOST,
+            target=word(inbox.address, half),
+            target_device=self.ordinal,
+            bytes=word(inbox.sent, half),
+        )
+
+    def _load(self, outbox: Outbox, inbox: Inbox, half: int) -> Work:
+        return _core.CudaCopy(
+            source=turns(outbox.address),
+            source_device=_core.CUDA_HOST,
+            target=word(inbox.address, half),
+            target_device=self.ordinal,
+            bytes=turns(outbox.nbytes),
+        )
+
+    # -- enqueuing on the compute stream ---------------------------------------------------------
+
+    @contextmanager
+    def enqueuing(self) -> Iterator[None]:
+        """Within it torch works for this stage."""
+        with said_out_of_memory(self.index, self.ordinal), accelerator().on(self.lane):
+            yield
+
+    def _enqueue_forward(self, slot: int, copy: int, batch: int) -> None:
+        with self.enqueuing():
+            if self.is_last:
+                self._target = self.take_target(batch)
+            self._forward(slot, copy, batch)
+            self._target = None
+
+    def _enqueue_backward(self, slot: int, copy: int, batch: int) -> None:
+        with self.enqueuing():
+            self._backward(slot, copy, batch, slot)
+
+    def take_target(self, batch: int) -> Tensor:
+        """A copy of the labels of ``batch``: the inbox is written again before the backward."""
+        half = batch % INBOX_HALVES
+        return self.targets.view(half, self.fit.targets.form(batch)).clone()
+
+    def _take_input(self, batch: int) -> Tensor:
+        half = batch % INBOX_HALVES
+        form = self.fit.inputs.form(batch) if self.is_first else self.inbox.form(half)
+        assert form is not None, f"no activation of batch {batch} at stage {self.index}"
+        leaf = self.inbox.view(half, form).clone()
+        return leaf.requires_grad_(not self.is_first and wants_gradient(leaf))
+
+    def _take_error(self, batch: int) -> Tensor | None:
+        # A copy: gradients may be views of it, and the inbox is written again before the update.
+        form = self.errors.form(batch % INBOX_HALVES)
+        return None if form is None else self.errors.view(batch % INBOX_HALVES, form).clone()
+
+    def _pass_up(self, slot: int, batch: int, output: Tensor) -> None:
+        assert self.above is not None
+        sent = without_gaps(output)
+        form = Form.of(sent)
+        self._outputs[slot] = sent
+        self.output_words[slot] = sent.data_ptr()
+        self.above.inbox.expect(batch % INBOX_HALVES, form)
+        self._tell_if_regular(batch, form)
+
+    def _tell_if_regular(self, batch: int, form: Form) -> None:
+        """Stages above replay graphs only for what looks as it did when they were captured."""
+        assert self.above is not None
+        row = batch % self.fit.rows
+        if not self.fit.regular[self.index, row]:
+            return
+        if self.above.inbox.regular is None:
+            self.above.inbox.regular = form
+        elif self.above.inbox.regular != form:
+            self.fit.regular[self.index + 1 :, row] = 0
+
+    def _pass_down(self, batch: int, leaf: Tensor | None) -> None:
+        assert self.below is not None
+        half = batch % INBOX_HALVES
+        if leaf is None or leaf.grad is None:
+            self.below.errors.expect(half, None)
+            return
+        form = Form.of(leaf)
+        self._error = laid_out_like(leaf.grad, form)
+        leaf.grad = None
+        self.error_words[0] = self._error.data_ptr()
+        self.below.errors.expect(half, form)
+
+    def _loss(self, output: Tensor, batch: int) -> Tensor:
+        """The loss of ``output``, which goes to :attr:`metrics` too."""
+        assert self._target is not None
+        loss = check_loss(self.fit.loss_fn(output, self._target), batch)
+        correct = correct_on_device(output.detach(), self._target)
+        self.metrics.copy_(torch.stack([loss.detach().double().reshape(()), correct]))
+        return loss
+
+
+def fit_hop_is_staged(one: CudaStage, other: CudaStage) -> bool:
+    """Whether what goes between two neighbours passes through pinned host memory."""
+    return one.fit.staged[min(one.index, other.index)]
