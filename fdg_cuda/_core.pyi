@@ -165,7 +165,7 @@ CUDA_HOST: int
 
 def cuda_peer_copies_work(source: int, target: int) -> bool:
     """Whether device ``source`` can copy straight into the memory of ``target``: asked, and proved
-    once with a copy."""
+    with a copy."""
 
 class CudaSgd:
     """As :class:`FlatSgd`, on a device. ``gradients`` has a row of addresses per slot;

@@ -33,5 +33,7 @@ class SavedBuffers:
         with torch.no_grad():
             for saved in self._saved:
                 if saved.buffer is not None and saved.value is not None:
-                    saved.buffer.copy_(saved.value)
+                    # Through `data`: batches in flight may have saved the buffer for their
+                    # backward, which does not read it, and would take this for a change.
+                    saved.buffer.data.copy_(saved.value)
                 saved.module._buffers[saved.name] = saved.buffer

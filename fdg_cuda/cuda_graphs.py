@@ -24,7 +24,6 @@ from fdg_cuda.accelerator import Graph, accelerator
 from fdg_cuda.buffers import SavedBuffers
 from fdg_cuda.cuda_stage import CudaStage
 from fdg_cuda.errors import CaptureError
-from fdg_cuda.layout import INBOX_HALVES
 from fdg_cuda.mail import Form, addresses, laid_out_like, without_gaps, word
 
 logger = logging.getLogger("fdg_cuda")
@@ -82,9 +81,15 @@ class StageGraphs:
         """The backward of ``slot`` for error signals in inbox half ``half``."""
         work = self._graph_work(eager)
         self._backwards[slot, half] = work
-        if slot in self._slots:
-            self._equip_backward(slot, half)
+        self._equip_later(work, slot, half)
         return work
+
+    def close(self) -> None:
+        """Let go of all graphs and their memory now, not when garbage is collected next."""
+        self._drop()
+        self._forwards.clear()
+        self._backwards.clear()
+        self._error = None
 
     def begin_epoch(self) -> None:
         """Capture again if the layers are no longer what they were (modes, buffers, settings)."""
@@ -94,12 +99,19 @@ class StageGraphs:
         self._circumstances = now
         self._eager_because = None
         self._warm = False
-        self._slots.clear()
+        self._drop()
         for (slot, half), (work, copy) in self._forwards.items():
-            work.drop_graph()
             self._prepare_later(work, slot, copy, half)
-        for work in self._backwards.values():
+        for (slot, half), work in self._backwards.items():
+            self._equip_later(work, slot, half)
+
+    def _drop(self) -> None:
+        for work in (*(work for work, _ in self._forwards.values()), *self._backwards.values()):
             work.drop_graph()
+            work.prepare_with(None)
+        for graphs in self._slots.values():
+            graphs.forward = graphs.backward = None
+        self._slots.clear()
 
     def _graph_work(self, eager: Callable[[int], None]) -> _core.CudaGraphWork:
         regular = self._stage.fit.regular[self._stage.index]
@@ -110,16 +122,16 @@ class StageGraphs:
     def _prepare_later(self, work: _core.CudaGraphWork, slot: int, copy: int, half: int) -> None:
         work.prepare_with(lambda batch: self._prepare(slot, copy, half, batch))
 
+    def _equip_later(self, work: _core.CudaGraphWork, slot: int, half: int) -> None:
+        work.prepare_with(lambda batch: self._equip_backward(slot, half))
+
     def _prepare(self, slot: int, copy: int, half: int, batch: int) -> None:
-        """Before the first regular batch in ``slot``: its input has arrived."""
+        """Before the first regular batch in ``slot`` and ``half``: its input has arrived."""
         if slot not in self._slots and self._eager_because is None:
             with self._stage.enqueuing():
                 self._capture(slot, copy, batch)
         if slot in self._slots:
             self._equip_forward(slot, half)
-            for other in range(INBOX_HALVES):
-                if (slot, other) in self._backwards:
-                    self._equip_backward(slot, other)
 
     # -- what a work needs to replay ---------------------------------------------------------
 
@@ -134,6 +146,7 @@ class StageGraphs:
         if stage.above is not None:
             assert graphs.sent is not None
             inbox = stage.above.inbox
+            inbox.reserve(half, graphs.sent.nbytes)
             words = [
                 (word(stage.output_words, slot)[0], [graphs.sent.data_ptr()]),
                 (word(inbox.sent, half)[0], [graphs.sent.nbytes]),
@@ -142,8 +155,8 @@ class StageGraphs:
         self._use(self._forwards[slot, half][0], graphs.forward, intakes, words)
 
     def _equip_backward(self, slot: int, half: int) -> None:
-        stage, graphs = self._stage, self._slots[slot]
-        if graphs.backward is None:
+        stage, graphs = self._stage, self._slots.get(slot)
+        if graphs is None or graphs.backward is None:
             return
         intakes: list[Intake] = []
         if graphs.error is not None:
@@ -158,6 +171,7 @@ class StageGraphs:
                 (word(errors.by_graph, half)[0], [1]),
             ]
             if down is not None:
+                errors.reserve(half, down.nbytes)
                 words.append((word(stage.error_words, 0)[0], [down.data_ptr()]))
         self._use(self._backwards[slot, half], graphs.backward, intakes, words)
 
@@ -208,6 +222,7 @@ class StageGraphs:
             self._capture_both(graphs, copy, batch)
             self._slots[slot] = graphs
         except CaptureError as error:
+            graphs.forward = graphs.backward = None
             self._run_eagerly(str(error), cause=error.__cause__)
         finally:
             stage._target = None
@@ -236,6 +251,8 @@ class StageGraphs:
         pool = accelerator().graph_pool()
 
         def forward() -> list[Tensor]:
+            stage._sites.install(stage.memory.leaves[copy])
+            stage._target = graphs.target
             graphs.root, output = stage._compute(graphs.input, batch)
             if stage.is_last:
                 return []
@@ -259,10 +276,8 @@ class StageGraphs:
             if stage.above.inbox.regular not in (None, form):
                 raise CaptureError("its output changes its layout from batch to batch")
             stage.above.inbox.regular = form
-            stage.above.inbox.reserve(form.nbytes)
         if stage.below is not None:
             stage.below.errors.regular = Form.of(graphs.input)
-            stage.below.errors.reserve(stage.below.errors.regular.nbytes)
         graphs.backward = self._captured("backward", pool, backward)
 
     def _captured(self, what: str, pool: object, function: Callable[[], list[Tensor]]) -> Graph:

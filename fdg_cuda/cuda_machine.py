@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from functools import cache
 from itertools import pairwise
 
 import torch
@@ -27,6 +28,12 @@ from fdg_cuda.stage import Stage
 logger = logging.getLogger("fdg_cuda")
 
 GRAPHS = {"auto": "auto", True: "always", False: "never"}
+
+
+@cache
+def peers_reach_each_other(one: int, other: int) -> bool:
+    """Whether two devices can copy into each other's memory, proved once per pair and process."""
+    return _core.cuda_peer_copies_work(one, other) and _core.cuda_peer_copies_work(other, one)
 
 
 class CudaMachine(Machine):
@@ -79,7 +86,7 @@ class CudaMachine(Machine):
     def _is_staged(self, lower: int, upper: int) -> bool:
         if self.stage_every_hop:
             return True
-        if _core.cuda_peer_copies_work(lower, upper) and _core.cuda_peer_copies_work(upper, lower):
+        if peers_reach_each_other(lower, upper):
             return False
         logger.info(
             "CUDA devices %d and %d cannot reach each other's memory: what goes between them passes "

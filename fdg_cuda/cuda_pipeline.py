@@ -14,7 +14,7 @@ from fdg_cuda.batches import Batch
 from fdg_cuda.cuda_stage import METRICS, CudaFit, CudaStage
 from fdg_cuda.errors import NonFiniteLossError
 from fdg_cuda.interrupts import Interrupts
-from fdg_cuda.layout import CudaLayout
+from fdg_cuda.layout import INBOX_HALVES, CudaLayout
 from fdg_cuda.mail import Form, Outbox
 from fdg_cuda.optim import DelayedSGD
 from fdg_cuda.pipeline import MAX_TICKS_IN_FLIGHT, LossFunction, Pipeline
@@ -108,8 +108,9 @@ class CudaPipeline(Pipeline):
         row = number % self._rows
         fit.regular[:, row] = forms == self._regular
         self._samples[row] = len(batch[1])
-        self._stages[0].inbox.reserve(form_of_input.nbytes)
-        self._stages[-1].targets.reserve(form_of_target.nbytes)
+        half = number % INBOX_HALVES
+        self._stages[0].inbox.reserve(half, form_of_input.nbytes)
+        self._stages[-1].targets.reserve(half, form_of_target.nbytes)
 
     def _settle(self) -> None:
         for ordinal in {stage.ordinal for stage in self._stages}:

@@ -145,6 +145,8 @@ class CudaStage(Stage):
     def end_fit(self) -> None:
         super().end_fit()
         self._sgd = None
+        if self._graphs is not None:
+            self._graphs.close()
         self._graphs = None
         self._fit = None
         self._target = None
@@ -256,8 +258,12 @@ class CudaStage(Stage):
 
     @contextmanager
     def enqueuing(self) -> Iterator[None]:
-        """Within it torch works for this stage."""
-        with said_out_of_memory(self.index, self.ordinal), accelerator().on(self.lane):
+        """Within it torch works for this stage, whatever the caller of ``fit`` has set."""
+        with (
+            said_out_of_memory(self.index, self.ordinal),
+            accelerator().on(self.lane),
+            torch.enable_grad(),
+        ):
             yield
 
     def _enqueue_forward(self, slot: int, copy: int, batch: int) -> None:

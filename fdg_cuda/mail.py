@@ -89,24 +89,25 @@ class Inbox:
         self.by_graph = np.zeros(INBOX_HALVES, dtype=np.uint64)
         self.regular: Form | None = None
         self._forms: list[Form | None] = [None] * INBOX_HALVES
-        self._memory: list[Tensor] = []
-        self._replaced: list[Tensor] = []  # may still be read by what is in flight
+        self._memory: list[Tensor | None] = [None] * INBOX_HALVES
+        self._pinned: list[Tensor | None] = [None] * INBOX_HALVES
+        self._replaced: list[Tensor | None] = []  # may still be read by what is in flight
 
-    def reserve(self, nbytes: int) -> None:
-        """Make room for ``nbytes`` in each half."""
-        if self._memory and self._memory[0].numel() >= nbytes:
+    def reserve(self, half: int, nbytes: int) -> None:
+        """Make room for ``nbytes`` in ``half``, when nothing in it is still to be read by what is
+        not enqueued yet."""
+        memory = self._memory[half]
+        if memory is not None and memory.numel() >= nbytes:
             return
-        self._replaced += self._memory
+        self._replaced += [memory, self._pinned[half]]
         with accelerator().on(self._lane):
-            self._memory = [
-                torch.empty(max(nbytes, 1), dtype=torch.uint8, device=self._device)
-                for _ in range(INBOX_HALVES)
-            ]
-        self.address[:] = [half.data_ptr() for half in self._memory]
+            memory = torch.empty(max(nbytes, 1), dtype=torch.uint8, device=self._device)
+        self._memory[half] = memory
+        self.address[half] = memory.data_ptr()
         if self._staged:
-            halves = [accelerator().pinned(max(nbytes, 1)) for _ in range(INBOX_HALVES)]
-            self.pinned[:] = [half.data_ptr() for half in halves]
-            self._memory += halves
+            pinned = accelerator().pinned(max(nbytes, 1))
+            self._pinned[half] = pinned
+            self.pinned[half] = pinned.data_ptr()
 
     def expect(self, half: int, form: Form | None) -> None:
         """A tensor of ``form`` will be sent to ``half`` (None: nothing will)."""
@@ -114,7 +115,7 @@ class Inbox:
         self.by_graph[half] = 0
         self.sent[half] = 0 if form is None else form.nbytes
         if form is not None:
-            self.reserve(form.nbytes)
+            self.reserve(half, form.nbytes)
 
     def form(self, half: int) -> Form | None:
         """The form of what was sent to ``half``; None for nothing."""
@@ -124,7 +125,9 @@ class Inbox:
 
     def view(self, half: int, form: Form) -> Tensor:
         """What is in ``half``; it will be overwritten by what arrives there next."""
-        return form.view(self._memory[half])
+        memory = self._memory[half]
+        assert memory is not None, "nothing was ever sent"
+        return form.view(memory)
 
     def forget(self) -> None:
         """Let go of memory that was replaced. Only while nothing is running."""

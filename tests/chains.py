@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fdg_cuda import reference
+from fdg_cuda import FDGRunner, reference
 
 Batch = tuple[Tensor, Tensor]
 FEATURES, CLASSES = 6, 4
@@ -71,6 +72,35 @@ def largest_difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
         scale = max(float(y.abs().max()), 1e-3) if y.numel() else 1.0
         worst = max(worst, float((x - y).abs().max()) / scale if y.numel() else 0.0)
     return worst
+
+
+def compare(
+    model: nn.Sequential,
+    split: list[int],
+    data: list[Batch],
+    *,
+    device: str | int = "cpu",
+    prepare: Callable[[FDGRunner], object] = lambda runner: None,
+    runner_options: dict[str, Any] | None = None,
+    **options: Any,
+) -> float:
+    """The largest relative difference of losses, weights and buffers between runner and oracle.
+
+    ``prepare`` is called with the runner before it trains; ``runner_options`` are not the oracle's.
+    """
+    epochs = options.pop("epochs", 1)
+    expected, recorded = oracle(model, split, data, epochs=epochs, **options)
+    runner = FDGRunner(
+        model, [device] * (len(split) + 1), split=split, **options, **(runner_options or {})
+    )
+    prepare(runner)
+    history = runner.fit(data, epochs=epochs)
+    assert len(history.batch_losses) == len(recorded.losses) == epochs * len(data)
+    losses = max(
+        abs(a - b) / max(abs(b), 1e-3)
+        for a, b in zip(history.batch_losses, recorded.losses, strict=True)
+    )
+    return max(losses, largest_difference(runner.state_dict(), expected))
 
 
 def same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shlex
-import shutil
 import subprocess
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -12,13 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from compiling import FLAGS, JOBS, CompileError, call_compiler, compiler
 from unavailable import unavailable
 
 ROOT = Path(__file__).resolve().parent.parent
 CORE = ROOT / "csrc"
 TESTS = ROOT / "tests" / "cpp"
-FLAGS = ("-std=c++17", "-ffp-contract=off", "-g", "-pthread", "-Wall", "-Wextra", "-Werror")
-JOBS = 2
 RUN_TIMEOUT_S = 120  # for one that hangs; a run takes seconds
 
 
@@ -43,26 +39,6 @@ BUILDS = {
         "libasan and libubsan",
     ),
 }
-
-
-class CompileError(Exception):
-    """The tests do not compile; the message is the compiler's."""
-
-
-def compiler() -> list[str]:
-    if os.environ.get("CXX"):
-        return shlex.split(os.environ["CXX"])
-    found = next((name for name in ("c++", "g++") if shutil.which(name)), None)
-    if found is None:
-        unavailable("no C++ compiler found: install the package g++, or set CXX")
-    return [found]
-
-
-def call_compiler(*arguments: object) -> None:
-    command = [*compiler(), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise CompileError(f"{shlex.join(command)}\n{done.stdout}{done.stderr}")
 
 
 def check_sanitizer(build: Build, folder: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from chains import batches, even_split, largest_difference, mlp, oracle
+from chains import batches, compare, even_split, largest_difference, mlp
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -17,20 +17,6 @@ from fdg_cuda import FDGRunner
 from fdg_cuda.schedule import METHODS, Schedule
 
 TOLERANCE = 1e-10
-
-
-def compare(model: nn.Sequential, split: list[int], data: list[Any], **options: Any) -> float:
-    """The largest relative difference of losses, weights and buffers."""
-    epochs = options.pop("epochs", 1)
-    expected, recorded = oracle(model, split, data, epochs=epochs, **options)
-    runner = FDGRunner(model, ["cpu"] * (len(split) + 1), split=split, **options)
-    history = runner.fit(data, epochs=epochs)
-    assert len(history.batch_losses) == len(recorded.losses) == epochs * len(data)
-    losses = max(
-        abs(a - b) / max(abs(b), 1e-3)
-        for a, b in zip(history.batch_losses, recorded.losses, strict=True)
-    )
-    return max(losses, largest_difference(model.state_dict(), expected))
 
 
 @pytest.mark.parametrize("nesterov", [False, True], ids=["plain", "nesterov"])

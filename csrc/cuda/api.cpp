@@ -40,7 +40,7 @@ const char* remedy(cudaError_t code) {
 std::string explain(cudaError_t code, const char* call, const std::string& doing) {
   std::string text =
       "CUDA error " + std::string(cudaGetErrorName(code)) + " (" + cudaGetErrorString(code) + ")";
-  if (!doing.empty()) text += " at " + doing;
+  if (!doing.empty()) text += " where it " + doing;
   text += ", from " + std::string(call) + ".";
   const std::string todo = remedy(code);
   return todo.empty() ? text : text + " " + todo;

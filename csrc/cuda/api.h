@@ -14,7 +14,7 @@ class CudaError : public std::runtime_error {
   const cudaError_t code;
 };
 
-// What is wrong and what to do about it: `doing` says what the call was for ("0E7 on device 1").
+// What is wrong and what to do about it; `doing` says what the call was for ("tried to ...").
 std::string explain(cudaError_t code, const char* call, const std::string& doing);
 
 // Throws CudaError unless `code` is success.

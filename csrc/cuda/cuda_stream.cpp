@@ -24,7 +24,7 @@ bool CudaEvent::wait_host(std::chrono::milliseconds timeout) {
     if (status == cudaSuccess) return true;
     if (status != cudaErrorNotReady) {
       try {
-        check(status, "cudaEventQuery", "a tick in flight");
+        check(status, "cudaEventQuery", "waited for a tick in flight");
       } catch (...) {
         failure_->set(std::current_exception());
       }
@@ -47,10 +47,15 @@ CudaStream::CudaStream(int device, const Options& options, uint64_t index, Failu
       stream_(device) {}
 
 template <class Function>
-void CudaStream::guarded(const Function& function) noexcept {
+void CudaStream::guarded(const Doing& doing, const Function& function) noexcept {
   try {
-    const DeviceGuard guard(device());
-    function();
+    try {
+      const DeviceGuard guard(device());
+      function();
+    } catch (const CudaError& error) {
+      throw CudaError(error.code, std::string(error.what()) + " (in " + doing.what() +
+                                      " on device " + std::to_string(device()) + ")");
+    }
   } catch (...) {
     failure_.set(std::current_exception());
   }
@@ -58,17 +63,12 @@ void CudaStream::guarded(const Function& function) noexcept {
 
 void CudaStream::run(const Action& action, const Invocation& at) {
   if (!action.work || failure_.stopped()) return;
-  guarded([&] {
+  guarded({&action, at.batch}, [&] {
     if (max_delay_us_ > 0) {
       std::uniform_int_distribution<int> delay_us(0, max_delay_us_);
       check(launch_sleep(delay_us(delays_), get()), "launch_sleep");
     }
-    try {
-      action.work->run(*this, at);
-    } catch (const CudaError& error) {
-      throw CudaError(error.code, std::string(error.what()) + " (in " + action.label(at.batch) +
-                                      " on device " + std::to_string(device()) + ")");
-    }
+    action.work->run(*this, at);
   });
 }
 
@@ -76,7 +76,7 @@ void CudaStream::record(Event& event) {
   auto& cuda_event = static_cast<CudaEvent&>(event);
   cuda_event.failure_ = &failure_;
   cuda_event.recorded_ = false;
-  guarded([&] {
+  guarded({}, [&] {
     if (!cuda_event.handle_)
       cuda_event.handle_ = std::make_unique<EventHandle>(device(), cudaEventDisableTiming);
     if (cuda_event.handle_->device() != device())
@@ -91,7 +91,7 @@ void CudaStream::record(Event& event) {
 void CudaStream::wait(Event& event) {
   auto& cuda_event = static_cast<CudaEvent&>(event);
   if (!cuda_event.recorded_) return;
-  guarded([&] { FDG_CUDA_CHECK(cudaStreamWaitEvent(get(), cuda_event.handle_->get(), 0)); });
+  guarded({}, [&] { FDG_CUDA_CHECK(cudaStreamWaitEvent(get(), cuda_event.handle_->get(), 0)); });
 }
 
 std::unique_ptr<Stream> CudaBackend::make_stream(const std::string& name, Failure& failure) {

@@ -47,9 +47,15 @@ class CudaStream final : public Stream {
   int device() const { return stream_.device(); }
 
  private:
-  // Runs `function`; what it throws becomes the failure of the whole program.
+  // Runs `function` with the stream's device as the current one. What is thrown becomes the failure
+  // of the whole program, with what was to be done.
+  struct Doing {
+    const Action* action = nullptr;  // null: an event
+    int64_t batch = 0;
+    std::string what() const { return action ? action->label(batch) : "an event"; }
+  };
   template <class Function>
-  void guarded(const Function& function) noexcept;
+  void guarded(const Doing& doing, const Function& function) noexcept;
 
   const int max_delay_us_;
   std::mt19937_64 delays_;

@@ -3,7 +3,7 @@
 #pragma once
 
 #include <cstddef>
-#include <utility>
+#include <string>
 
 #include "api.h"
 
@@ -62,7 +62,8 @@ class DeviceMemory {
  public:
   DeviceMemory(int device, size_t bytes) : device_(device) {
     const DeviceGuard guard(device);
-    FDG_CUDA_CHECK(cudaMalloc(&data_, bytes));
+    check(cudaMalloc(&data_, bytes), "cudaMalloc",
+          "tried to allocate " + std::to_string(bytes) + " bytes");
   }
   ~DeviceMemory() {
     int previous = 0;
@@ -86,7 +87,8 @@ class DeviceMemory {
 class PinnedMemory {
  public:
   explicit PinnedMemory(size_t bytes) {
-    FDG_CUDA_CHECK(cudaHostAlloc(&data_, bytes, cudaHostAllocPortable));
+    check(cudaHostAlloc(&data_, bytes, cudaHostAllocPortable), "cudaHostAlloc",
+          "tried to allocate " + std::to_string(bytes) + " bytes of page-locked host memory");
   }
   ~PinnedMemory() {
     static_cast<void>(cudaFreeHost(data_));

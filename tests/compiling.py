@@ -1,0 +1,33 @@
+"""Compiles C++ for tests."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+
+from unavailable import unavailable
+
+FLAGS = ("-std=c++17", "-ffp-contract=off", "-g", "-pthread", "-Wall", "-Wextra", "-Werror")
+JOBS = 2
+
+
+class CompileError(Exception):
+    """The tests do not compile; the message is the compiler's."""
+
+
+def compiler() -> list[str]:
+    if os.environ.get("CXX"):
+        return shlex.split(os.environ["CXX"])
+    found = next((name for name in ("c++", "g++") if shutil.which(name)), None)
+    if found is None:
+        unavailable("no C++ compiler found: install the package g++, or set CXX")
+    return [found]
+
+
+def call_compiler(*arguments: object) -> None:
+    command = [*compiler(), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise CompileError(f"{shlex.join(command)}\n{done.stdout}{done.stderr}")

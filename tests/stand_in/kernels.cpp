@@ -1,0 +1,65 @@
+// The kernels' launchers, done on the host with the same element math and the same chunk table.
+#include "cuda/sgd_kernel.h"
+#include "cuda/sleep_kernel.h"
+#include "cudart.h"
+#include "sgd.h"
+
+namespace fdg::cuda {
+namespace {
+
+template <bool nesterov, bool remembers, class T>
+void update(const SgdLaunch& launch, const SgdCoefficients<T>& c) {
+  const auto* weights = static_cast<const T*>(launch.weights);
+  auto* target = static_cast<T*>(launch.target);
+  auto* momentum = static_cast<T*>(launch.momentum);
+  for (int64_t i = 0; i < launch.chunk_count; ++i) {
+    const Chunk& chunk = launch.chunks[i];
+    const auto* gradient = reinterpret_cast<const T*>(launch.gradients[chunk.segment]);
+    for (int64_t e = 0; e < chunk.size; ++e) {
+      const int64_t at = chunk.place + e;
+      if (!gradient) {
+        target[at] = weights[at];
+        continue;
+      }
+      T velocity = momentum[at];
+      target[at] =
+          sgd_step<nesterov, remembers>(weights[at], gradient[chunk.begin + e], velocity, c);
+      if (remembers) momentum[at] = velocity;
+    }
+  }
+}
+
+template <class T>
+void update(const SgdLaunch& launch) {
+  const double* h = launch.hyper;
+  const SgdCoefficients<T> c{static_cast<T>(h[hyper_shrink]) * static_cast<T>(h[hyper_unscale]),
+                             static_cast<T>(h[hyper_weight_decay]),
+                             static_cast<T>(h[hyper_momentum]), static_cast<T>(h[hyper_lr])};
+  if (c.momentum == T(0))
+    update<false, false>(launch, c);
+  else if (h[hyper_nesterov] != 0)
+    update<true, true>(launch, c);
+  else
+    update<false, true>(launch, c);
+}
+
+}  // namespace
+
+cudaError_t launch_sgd(const SgdLaunch& launch, int multiprocessors, cudaStream_t stream) {
+  stand_in::check_stream("launch_sgd", reinterpret_cast<uintptr_t>(stream));
+  if (multiprocessors < 1) stand_in::violation("launch_sgd for no multiprocessor");
+  const cudaError_t entered = stand_in::enter("launch_sgd");
+  if (entered != cudaSuccess) return entered;
+  if (launch.dtype == Dtype::float32)
+    update<float>(launch);
+  else
+    update<double>(launch);
+  return cudaSuccess;
+}
+
+cudaError_t launch_sleep(int, cudaStream_t stream) {
+  stand_in::check_stream("launch_sleep", reinterpret_cast<uintptr_t>(stream));
+  return stand_in::enter("launch_sleep");
+}
+
+}  // namespace fdg::cuda

@@ -1,0 +1,102 @@
+"""What torch does on a CUDA device, done on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fdg_cuda import _core
+from fdg_cuda.accelerator import Accelerator, Graph, Lane
+
+
+class _StandInGraph(Graph):
+    def __init__(self, replay: Callable[[], None]) -> None:
+        self._replay = replay
+        self._handle = _core.stand_in_make_graph(replay)
+
+    def __del__(self) -> None:
+        _core.stand_in_destroy_graph(self._handle)
+
+    @property
+    def handle(self) -> int:
+        return self._handle
+
+    def replay(self) -> None:
+        self._replay()
+
+
+class StandIn(Accelerator):
+    """Three devices whose memory is the host's. A replay does what was captured again, into the
+    memory the capture was given.
+
+    Attributes:
+        refuses: asked before each capture; an exception it returns is raised half-way through it.
+        captures: how many graphs were captured.
+    """
+
+    def __init__(self) -> None:
+        self.refuses: Callable[[int], Exception | None] = lambda capture: None
+        self.captures = 0
+
+    def count(self) -> int:
+        return 3
+
+    def device(self, ordinal: int) -> torch.device:
+        return torch.device("cpu")
+
+    def name(self, ordinal: int) -> str:
+        return f"stand-in {ordinal}"
+
+    def lane(self, ordinal: int, handle: int) -> Lane:
+        return ordinal, handle
+
+    @contextmanager
+    def on(self, lane: Lane) -> Iterator[None]:
+        ordinal, handle = lane
+        before = _core.stand_in_current_device()
+        _core.stand_in_set_device(ordinal)
+        _core.stand_in_check_stream(handle)
+        try:
+            yield
+        finally:
+            _core.stand_in_set_device(before)
+
+    def synchronize(self, ordinal: int) -> None:
+        pass
+
+    def pinned(self, size: int) -> Tensor:
+        return torch.empty(size, dtype=torch.uint8)
+
+    def random_state(self, ordinal: int) -> Tensor:
+        return torch.get_rng_state()
+
+    def set_random_state(self, ordinal: int, state: Tensor) -> None:
+        torch.set_rng_state(state)
+
+    def graph_pool(self) -> Any:
+        return object()
+
+    def capture(
+        self, ordinal: int, lane: Lane, pool: Any, function: Callable[[], Sequence[Tensor]]
+    ) -> Graph:
+        self.captures += 1
+        with self.on(lane):
+            outputs = function()
+            refusal = self.refuses(self.captures)
+            if refusal is not None:
+                raise refusal
+
+        def replay() -> None:
+            with self.on(lane), torch.enable_grad():
+                for output, anew in zip(outputs, function(), strict=True):
+                    if output is not anew:
+                        output.data.copy_(anew)  # a device would not count it as a change
+
+        return _StandInGraph(replay)
+
+    def release(self) -> None:
+        pass

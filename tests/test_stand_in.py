@@ -1,0 +1,90 @@
+"""The CUDA backend without a GPU: linked against a stand-in for the CUDA runtime.
+
+The stand-in (``tests/stand_in/cudart.cpp``) checks every call and does what is enqueued on the host;
+``tests/stand_in`` holds the tests, which run in a process of their own with that extension.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from compiling import FLAGS, JOBS, call_compiler
+from unavailable import unavailable
+
+ROOT = Path(__file__).resolve().parent.parent
+CORE = ROOT / "csrc"
+STAND_IN = ROOT / "tests" / "stand_in"
+SOURCES = ("*.cpp", "cpu/*.cpp", "trace/*.cpp", "python/*.cpp", "cuda/*.cpp")
+RUN_TIMEOUT_S = 280
+
+
+def cuda_headers() -> Path:
+    """Where ``cuda_runtime_api.h`` is: in a package that came with torch, or the CUDA toolkit."""
+    folders = []
+    for package, inside in (("triton", "backends/nvidia/include"), ("nvidia", "cu13/include")):
+        spec = find_spec(package)
+        folders += [
+            Path(place) / inside for place in (spec and spec.submodule_search_locations) or []
+        ]
+    nvcc = shutil.which("nvcc")
+    if nvcc is not None:
+        folders.append(Path(nvcc).resolve().parent.parent / "include")
+    found = next((place for place in folders if (place / "cuda_runtime_api.h").exists()), None)
+    if found is None:
+        unavailable("no CUDA headers: they come with torch's CUDA builds, or with the toolkit")
+    return found
+
+
+@pytest.fixture(scope="module")
+def core(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The extension, with the stand-in in the place of the CUDA runtime."""
+    try:
+        import pybind11
+    except ImportError:
+        unavailable("no pybind11: install the test extra")
+    folder = tmp_path_factory.mktemp("stand_in", numbered=True)
+    includes = (
+        f"-I{CORE}",
+        f"-I{STAND_IN}",
+        *("-isystem", pybind11.get_include()),
+        *("-isystem", sysconfig.get_paths()["include"]),
+        *("-isystem", cuda_headers()),
+    )
+
+    def compile_one(source: Path) -> Path:
+        target = folder / "_".join(source.relative_to(ROOT).with_suffix(".o").parts)
+        call_compiler(
+            *FLAGS, "-O1", "-fPIC", "-fvisibility=hidden", *includes, "-c", source, "-o", target
+        )
+        return target
+
+    sources = sorted({*STAND_IN.glob("*.cpp"), *(s for p in SOURCES for s in CORE.glob(p))})
+    with ThreadPoolExecutor(JOBS) as pool:
+        objects = list(pool.map(compile_one, sources))
+    extension = folder / "_core.so"
+    call_compiler("-shared", "-pthread", *objects, "-o", extension)
+    return extension
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("file", sorted(path.name for path in STAND_IN.glob("test_*.py")))
+def test_on_the_stand_in(core: Path, file: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(STAND_IN / file)],
+        env={**os.environ, "FDG_STAND_IN_CORE": str(core), "PYTHONPATH": str(ROOT)},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=RUN_TIMEOUT_S,
+        check=False,
+    )
+    assert done.returncode == 0, f"{done.stdout[-8000:]}\n{done.stderr[-4000:]}"
+    assert " passed" in done.stdout
