@@ -138,7 +138,7 @@ def memory() -> list[str]:
 
 
 def gpu() -> list[str]:
-    return ["**GPU**: " + NOT_MEASURED + " (the CUDA backend is not built yet).", ""]
+    return ["**GPU**: " + NOT_MEASURED + ".", ""]
 
 
 def generated() -> str:

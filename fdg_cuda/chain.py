@@ -71,11 +71,13 @@ def warn_of_random_layers(model: nn.Module) -> None:
         )
 
 
-def check_parameters(model: nn.Module) -> None:
-    """Raises:
-    TypeError: a parameter of a dtype that cannot be trained on a CPU.
-    ValueError: a parameter that is not on the CPU, two that lie in the same memory, or no trainable
-        parameter at all.
+def check_parameters(model: nn.Module, *, on_cpu: bool = True) -> None:
+    """``on_cpu``: the stages are on the CPU.
+
+    Raises:
+        TypeError: a parameter of a dtype that cannot be trained.
+        ValueError: a parameter that is not on the CPU though the stages are, two that lie in the same
+            memory, or no trainable parameter at all.
     """
     trainable = 0
     for name, parameter in model.named_parameters():
@@ -84,14 +86,14 @@ def check_parameters(model: nn.Module) -> None:
                 f"parameter {name} has no shape yet (a lazy layer); run one batch through the model "
                 f"first"
             )
-        if parameter.device.type != "cpu":
+        if on_cpu and parameter.device.type != "cpu":
             raise ValueError(
                 f"parameter {name} is on {parameter.device}, but the stages are on the CPU; give the "
                 f"model on the CPU (model.cpu()), the runner places its stages itself"
             )
         if parameter.dtype not in TRAINABLE_DTYPES and parameter.requires_grad:
             raise TypeError(
-                f"parameter {name} is {parameter.dtype}; a CPU device trains float32 and float64 "
+                f"parameter {name} is {parameter.dtype}; the fused update trains float32 and float64 "
                 f"weights. Convert the model with model.float()."
             )
         if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
@@ -113,16 +115,17 @@ def _check_memory(model: nn.Module) -> None:
             steps = zip(parameter.shape, parameter.stride(), strict=True)
             last = sum((size - 1) * step for size, step in steps)
             begin = parameter.data_ptr()
-            spans.append((begin, begin + (last + 1) * parameter.element_size(), name, parameter))
+            if parameter.numel() > 0:
+                spans.append(
+                    (begin, begin + (last + 1) * parameter.element_size(), name, parameter)
+                )
     spans.sort(key=lambda span: span[:2])
     open_spans: list[tuple[int, int, str, nn.Parameter]] = []
     for span in spans:
         begin, _, name, parameter = span
         open_spans = [earlier for earlier in open_spans if earlier[1] > begin]
         for _, _, other, known in open_spans:
-            if (parameter.requires_grad or known.requires_grad) and np.shares_memory(
-                parameter.detach().numpy(), known.detach().numpy()
-            ):
+            if (parameter.requires_grad or known.requires_grad) and _share(parameter, known):
                 raise ValueError(
                     f"parameters {other} and {name} lie in the same memory, but are two parameters: "
                     f"training would untie them. Tie them by assigning the parameter itself "
@@ -130,6 +133,13 @@ def _check_memory(model: nn.Module) -> None:
                     f"b.weight.data.clone())."
                 )
         open_spans.append(span)
+
+
+def _share(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors whose memory overlaps have an element in common."""
+    if one.device.type != "cpu" or other.device.type != "cpu":
+        return True  # numpy, which knows of interleaved views too, sees the CPU's memory only
+    return np.shares_memory(one.detach().numpy(), other.detach().numpy())
 
 
 def check_shared(model: nn.Module, stages: Sequence[Sequence[nn.Module]]) -> None:

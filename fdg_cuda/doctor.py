@@ -62,7 +62,9 @@ def _findings() -> Iterator[Finding]:
         yield from _devices()
     except Exception as error:
         yield Finding("FAIL", "devices", _words(error))
-    yield _guarded("self-test", _self_test)
+    yield _guarded("self-test", lambda: _self_test("cpu"))
+    if _cuda_is_usable():
+        yield _guarded("self-test cuda", lambda: _self_test(0))
 
 
 def _guarded(subject: str, examine: Callable[[], str]) -> Finding:
@@ -130,12 +132,23 @@ def _why_no_cuda() -> str:
             f"recent enough, or CUDA_VISIBLE_DEVICES hides them (nvidia-smi tells)"
         )
     if "cuda" not in _core.backends:
-        reasons.append("this build of fdg_cuda has no CUDA backend yet")
+        reasons.append(
+            "this installation of fdg_cuda has no CUDA part (no nvcc when it was built; build again "
+            "with FDG_CUDA=1)"
+        )
     return "; ".join(reasons)
 
 
-def _self_test() -> str:
-    """Train a few batches on two CPU stages and compare with the oracle.
+def _cuda_is_usable() -> bool:
+    import torch
+
+    from fdg_cuda import _core
+
+    return torch.cuda.device_count() > 0 and "cuda" in _core.backends
+
+
+def _self_test(device: str | int) -> str:
+    """Train a few batches on two stages on ``device`` and compare with the oracle.
 
     Raises:
         ArithmeticError: the weights or losses differ.
@@ -157,20 +170,20 @@ def _self_test() -> str:
     expected = copy.deepcopy(model)
     result = reference.train([expected[:3], expected[3:]], batches, epochs=2)
     begin = time.perf_counter()
-    history = FDGRunner(model, ["cpu", "cpu"], split=[3]).fit(batches, epochs=2)
+    history = FDGRunner(model, [device, device], split=[3]).fit(batches, epochs=2)
     seconds = time.perf_counter() - begin
     difference = max(
-        float((a - b).detach().abs().max())
+        float((a.cpu() - b).detach().abs().max())
         for a, b in zip(model.parameters(), expected.parameters(), strict=True)
     )
     losses = zip(history.batch_losses, result.losses, strict=True)
     difference = max(difference, *(abs(a - b) for a, b in losses))
     if not difference <= TOLERANCE:
         raise ArithmeticError(
-            f"training on two CPU stages is {difference:.2g} away from the reference (at most "
+            f"training on two stages on {device} is {difference:.2g} away from the reference (at most "
             f"{TOLERANCE:g} is allowed); rebuild the extension, and report this if it stays"
         )
     return (
-        f"OK: {len(result.losses)} batches on cpu,cpu in {seconds:.2f} s, within {difference:.1g} "
+        f"OK: {len(result.losses)} batches on {device},{device} in {seconds:.2f} s, within {difference:.1g} "
         f"of the reference"
     )

@@ -111,7 +111,7 @@ class FDGRunner:
                 f"the chain has {len(self._layers)} layers, too few for {len(self._devices)} stages; "
                 f"give at most {len(self._layers)} devices, or a model with more children"
             )
-        check_parameters(self._model)
+        check_parameters(self._model, on_cpu=self._devices[0].type == "cpu")
         self._machine = make_machine(
             self._devices,
             self._schedule,
@@ -233,10 +233,10 @@ class FDGRunner:
             raise ValueError(f"lr_step must be 'epoch' or 'batch'; got {lr_step!r}")
         if torch.is_inference_mode_enabled():
             raise RuntimeError("fit cannot train under torch.inference_mode(); call it outside")
-        if torch.is_autocast_enabled("cpu"):
+        if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
             raise RuntimeError(
-                "torch.autocast around fit does not reach the stages' threads; put it into the layers' "
-                "forward, or train without it"
+                "torch.autocast around fit does not reach the stages, which have settings of their own; "
+                "put it into the layers' forward, or train without it"
             )
         self._check_model()
         check_scheduler(lr_scheduler, self.optimizer)
@@ -326,7 +326,7 @@ class FDGRunner:
     def _check_model(self) -> None:
         """What a caller may have changed since the runner was made."""
         check_unchanged(self._model, self._layers)
-        check_parameters(self._model)
+        check_parameters(self._model, on_cpu=self._devices[0].type == "cpu")
         check_shared(self._model, [stage.layers for stage in self._stages])
         self._machine.check(self._model)
 

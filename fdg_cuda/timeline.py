@@ -19,12 +19,15 @@ from itertools import groupby
 from math import nan
 from typing import Any
 
+from fdg_cuda.layout import Transfer
 from fdg_cuda.schedule import Kind
 
 COMPUTE = frozenset(
     kind.value for kind in (Kind.FORWARD, Kind.BACKWARD, Kind.UPDATE, Kind.COPY_WEIGHTS)
 )
-NAMES = {kind.value: kind.name.lower().replace("_", " ") for kind in Kind}
+NAMES: dict[str, str] = {
+    str(kind.value): kind.name.lower().replace("_", " ") for kind in (*Kind, *Transfer)
+}
 COLUMNS = (Kind.FORWARD, Kind.BACKWARD, Kind.UPDATE)  # of the printed table; the rest is "other"
 
 
@@ -33,7 +36,8 @@ class Span:
     """One action at work.
 
     Attributes:
-        code: its letter, as in :class:`fdg_cuda.schedule.Kind`.
+        code: its letters, as in :class:`fdg_cuda.schedule.Kind` and
+            :class:`fdg_cuda.layout.Transfer`.
         stage, stream: where it ran; ``stream`` counts over all stages' streams.
         slot: where the stage held the batch.
         tick, batch: counted from 0 in their epoch.

@@ -12,6 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from fdg_cuda.layout import Transfer
 from fdg_cuda.report import replacing
 from fdg_cuda.schedule import Kind
 from fdg_cuda.timeline import NAMES, Span, Timeline
@@ -24,6 +25,8 @@ INCHES_PER_TICK = 0.5
 NARROWEST, WIDEST = 10.0, 24.0  # inches
 BAR = 0.72  # of a row's height
 FONT = 8.0  # points
+LEGEND_COLUMNS = 6
+SLENDER = 0.004  # of the picture's width: a bar so narrow would vanish between white edges
 DIGIT, MARGIN = 0.63, 0.2  # widths, in font sizes
 COLORS = {
     Kind.FORWARD.value: "#5b8fc9",
@@ -32,6 +35,11 @@ COLORS = {
     Kind.COPY_WEIGHTS.value: "#c9a227",
     Kind.SEND_ACTIVATION.value: "#3f9b7a",
     Kind.SEND_ERROR.value: "#9a5fb0",
+    Transfer.LOAD_INPUT.value: "#4f6d7a",
+    Transfer.LOAD_TARGET.value: "#a3b8c2",
+    Transfer.RECEIVE_ACTIVATION.value: "#8ccab2",
+    Transfer.RECEIVE_ERROR.value: "#c9a6d6",
+    Transfer.READ_METRICS.value: "#d98c9a",
 }
 OTHER = "#444444"
 WAIT = "#c4c4c4"
@@ -67,7 +75,11 @@ def draw(path: Path, timeline: Timeline) -> None:
     patches += [Patch(color=OTHER, label=NAMES.get(c, c)) for c in sorted(present - COLORS.keys())]
     patches.append(Patch(facecolor="white", edgecolor=WAIT, hatch="/////", label="wait"))
     figure.legend(
-        handles=patches, loc="outside lower right", ncols=len(patches), frameon=False, fontsize=9
+        handles=patches,
+        loc="outside lower right",
+        ncols=min(len(patches), LEGEND_COLUMNS),
+        frameon=False,
+        fontsize=9,
     )
     figure.canvas.draw()  # the layout is settled now, and the axes have their width
     points = axes.get_window_extent().width * 72 / figure.dpi
@@ -141,14 +153,16 @@ def _draw_bars(axes: Axes, timeline: Timeline, view: _View, rows: Sequence[int])
         )
         of_lane = [span for span in view.spans if span.stream == stream]
         for code in sorted({span.code for span in of_lane}):
+            color = COLORS.get(code, OTHER)
             bars = [view.bar(s.epoch, s.begin, s.end) for s in of_lane if s.code == code]
-            axes.broken_barh(
-                [bar for bar in bars if bar],
-                place,
-                facecolor=COLORS.get(code, OTHER),
-                edgecolor="white",
-                linewidth=0.3,
-            )
+            for slender in (False, True):
+                axes.broken_barh(
+                    [bar for bar in bars if bar and (bar[1] < SLENDER * view.length) == slender],
+                    place,
+                    facecolor=color,
+                    edgecolor=color if slender else "white",
+                    linewidth=0.8 if slender else 0.3,
+                )
 
 
 def _draw_epochs(axes: Axes, view: _View) -> None:

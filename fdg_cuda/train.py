@@ -83,7 +83,7 @@ class Training:
     def __init__(self, settings: Settings) -> None:
         settings = settings.completed(threads=torch.get_num_threads())
         devices, threads = settings.devices or (), settings.threads or 1
-        parse_devices(devices)  # before the data, which may take long to load
+        parsed = parse_devices(devices)  # before the data, which may take long to load
         spec = data.load(settings.data, settings.data_root, download=settings.download)
         torch.set_num_threads(threads)
         torch.manual_seed(settings.seed)
@@ -119,7 +119,7 @@ class Training:
             nesterov=settings.nesterov,
             beta=settings.beta,
             backward_weights=settings.backward_weights,
-            cpu_threads=threads,
+            cpu_threads=threads if parsed[0].type == "cpu" else None,
         )
         self._factor = lr_factor(settings, len(self._train))
         self._metadata = {

@@ -99,3 +99,14 @@ def one_torch_thread() -> Iterator[None]:
 @pytest.fixture
 def seeded() -> None:
     torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that need a GPU are skipped without one; where FDG_REQUIRE_GPU=1 they fail instead."""
+    if os.environ.get("FDG_REQUIRE_GPU") == "1" or torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(
+                pytest.mark.skip(reason="no CUDA device (FDG_REQUIRE_GPU=1 demands one)")
+            )

@@ -40,10 +40,12 @@ bool CudaEvent::wait_host(std::chrono::milliseconds timeout) {
   }
 }
 
-CudaStream::CudaStream(int device, const Options& options, uint64_t index, Failure& failure)
+CudaStream::CudaStream(int device, const Options& options, uint64_t index, Failure& failure,
+                       std::shared_ptr<SpanLog> log)
     : max_delay_us_(options.max_delay_us),
       delays_(options.delay_seed * 1000003 + index),
       failure_(failure),
+      log_(std::move(log)),
       stream_(device) {}
 
 template <class Function>
@@ -64,11 +66,16 @@ void CudaStream::guarded(const Doing& doing, const Function& function) noexcept 
 void CudaStream::run(const Action& action, const Invocation& at) {
   if (!action.work || failure_.stopped()) return;
   guarded({&action, at.batch}, [&] {
+    const bool recorded = log_->on();
+    if (recorded)
+      log_->begin({action.code, action.stage, action.slot, action.stream, at.tick, at.batch, 0, 0},
+                  get());
     if (max_delay_us_ > 0) {
       std::uniform_int_distribution<int> delay_us(0, max_delay_us_);
       check(launch_sleep(delay_us(delays_), get()), "launch_sleep");
     }
     action.work->run(*this, at);
+    if (recorded) log_->end(get());
   });
 }
 
@@ -95,11 +102,31 @@ void CudaStream::wait(Event& event) {
 }
 
 std::unique_ptr<Stream> CudaBackend::make_stream(const std::string& name, Failure& failure) {
-  const size_t index = stream_count_++;
+  const size_t index = logs_.size();
   if (index >= options_.devices.size())
     throw std::invalid_argument("stream '" + name + "' has no device: " +
                                 std::to_string(options_.devices.size()) + " were given");
-  return std::make_unique<CudaStream>(options_.devices[index], options_, index, failure);
+  logs_.push_back(std::make_shared<SpanLog>(options_.devices[index]));
+  return std::make_unique<CudaStream>(options_.devices[index], options_, index, failure,
+                                      logs_.back());
+}
+
+void CudaBackend::record_spans(bool on) {
+  for (const auto& log : logs_) {
+    if (!on) {
+      log->stop();
+      continue;
+    }
+    auto& clock = clocks_[log->device()];
+    if (!clock) clock = std::make_shared<const DeviceClock>(log->device());
+    log->start(clock);
+  }
+}
+
+std::vector<Span> CudaBackend::take_spans() {
+  std::vector<Span> taken;
+  for (const auto& log : logs_) log->take(taken);
+  return taken;
 }
 
 }  // namespace fdg::cuda

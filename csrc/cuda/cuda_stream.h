@@ -2,6 +2,7 @@
 // run on it and launch on their stream. The host waits only where it bounds the ticks in flight.
 #pragma once
 
+#include <map>
 #include <memory>
 #include <random>
 #include <string>
@@ -10,6 +11,7 @@
 #include "../failure.h"
 #include "../stream.h"
 #include "handles.h"
+#include "span_log.h"
 
 namespace fdg::cuda {
 
@@ -35,7 +37,8 @@ class CudaEvent final : public Event {
 
 class CudaStream final : public Stream {
  public:
-  CudaStream(int device, const Options& options, uint64_t index, Failure& failure);
+  CudaStream(int device, const Options& options, uint64_t index, Failure& failure,
+             std::shared_ptr<SpanLog> log);
 
   void run(const Action& action, const Invocation& at) override;
   void record(Event& event) override;
@@ -60,6 +63,7 @@ class CudaStream final : public Stream {
   const int max_delay_us_;
   std::mt19937_64 delays_;
   Failure& failure_;
+  const std::shared_ptr<SpanLog> log_;
   StreamHandle stream_;
 };
 
@@ -68,10 +72,13 @@ class CudaBackend final : public Backend {
   explicit CudaBackend(Options options) : options_(std::move(options)) {}
   std::unique_ptr<Stream> make_stream(const std::string& name, Failure& failure) override;
   std::unique_ptr<Event> make_event() override { return std::make_unique<CudaEvent>(); }
+  void record_spans(bool on) override;
+  std::vector<Span> take_spans() override;
 
  private:
   const Options options_;
-  size_t stream_count_ = 0;
+  std::vector<std::shared_ptr<SpanLog>> logs_;                // [stream]
+  std::map<int, std::shared_ptr<const DeviceClock>> clocks_;  // [device]
 };
 
 // Works of this backend run on this kind of stream only.

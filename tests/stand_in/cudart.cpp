@@ -1,5 +1,6 @@
 #include "cudart.h"
 
+#include <chrono>
 #include <cstdlib>
 #include <cstring>
 #include <set>
@@ -13,6 +14,7 @@ struct Stream {
 struct Event {
   int device;
   bool recorded = false;
+  std::chrono::steady_clock::time_point recorded_at = {};
 };
 
 int device_now = 0;
@@ -199,7 +201,10 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
   if (found && on != streams.end() && found->device != on->second.device)
     violation("an event recorded on a stream of another device");
   ENTER("cudaEventRecord");
-  if (found) found->recorded = true;
+  if (found) {
+    found->recorded = true;
+    found->recorded_at = std::chrono::steady_clock::now();
+  }
   return cudaSuccess;
 }
 cudaError_t cudaEventQuery(cudaEvent_t event) {
@@ -214,12 +219,16 @@ cudaError_t cudaEventSynchronize(cudaEvent_t event) {
   return cudaSuccess;
 }
 cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t from, cudaEvent_t to) {
-  for (const cudaEvent_t event : {from, to}) {
-    const Event* found = find_event("cudaEventElapsedTime", event);
-    if (found && !found->recorded) violation("the time of an event that was never recorded");
-  }
+  const Event* const first = find_event("cudaEventElapsedTime", from);
+  const Event* const second = find_event("cudaEventElapsedTime", to);
+  if (!first || !second || !first->recorded || !second->recorded)
+    violation("the time between events that were not recorded");
+  else if (first->device != second->device)
+    violation("the time between events of two devices");
   ENTER("cudaEventElapsedTime");
-  *milliseconds = static_cast<float>(number(to) - number(from));
+  if (first && second)
+    *milliseconds =
+        std::chrono::duration<float, std::milli>(second->recorded_at - first->recorded_at).count();
   return cudaSuccess;
 }
 
