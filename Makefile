@@ -28,7 +28,7 @@ test: $(VENV)/installed ## the whole test suite
 lint: $(VENV)/developer ## ruff, clang-format, mypy, and the stub against the extension
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror $$(find csrc tests/cpp -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+	$(BIN)/clang-format --dry-run -Werror $$(find csrc tests/cpp tests/stand_in -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 	$(BIN)/mypy
 	$(BIN)/python -m mypy.stubtest fdg_cuda._core --ignore-missing-stub --allowlist tests/stubtest_allowlist.txt
 	$(BIN)/python -m benchmarks.tables --check

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -97,7 +98,10 @@ class CudaPipeline(Pipeline):
 
     def close(self) -> None:
         super().close()
-        accelerator().release()
+        # Only a service to others, and on a device that was lost it fails: the error that matters is
+        # on its way already.
+        with suppress(RuntimeError):
+            accelerator().release()
 
     def _put(self, number: int, batch: Batch) -> None:
         fit = self._fit

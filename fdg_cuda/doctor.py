@@ -184,6 +184,6 @@ def _self_test(device: str | int) -> str:
             f"{TOLERANCE:g} is allowed); rebuild the extension, and report this if it stays"
         )
     return (
-        f"OK: {len(result.losses)} batches on {device},{device} in {seconds:.2f} s, within {difference:.1g} "
-        f"of the reference"
+        f"OK: {len(result.losses)} batches on {device},{device} in {seconds:.2f} s, within "
+        f"{difference:.1g} of the reference"
     )

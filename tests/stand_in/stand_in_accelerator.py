@@ -13,6 +13,13 @@ from fdg_cuda import _core
 from fdg_cuda.accelerator import Accelerator, Graph, Lane
 
 
+def _raise_if_lost() -> None:
+    """As torch does on a device that was lost."""
+    state = _core.stand_in_state()
+    if state.lost and state.failed:
+        raise RuntimeError("CUDA error: cudaErrorIllegalAddress, as torch says it; start it again")
+
+
 class _StandInGraph(Graph):
     def __init__(self, replay: Callable[[], None]) -> None:
         self._replay = replay
@@ -56,6 +63,7 @@ class StandIn(Accelerator):
 
     @contextmanager
     def on(self, lane: Lane) -> Iterator[None]:
+        _raise_if_lost()
         ordinal, handle = lane
         before = _core.stand_in_current_device()
         _core.stand_in_set_device(ordinal)
@@ -66,7 +74,7 @@ class StandIn(Accelerator):
             _core.stand_in_set_device(before)
 
     def synchronize(self, ordinal: int) -> None:
-        pass
+        _raise_if_lost()
 
     def pinned(self, size: int) -> Tensor:
         return torch.empty(size, dtype=torch.uint8)
@@ -99,4 +107,4 @@ class StandIn(Accelerator):
         return _StandInGraph(replay)
 
     def release(self) -> None:
-        pass
+        _raise_if_lost()

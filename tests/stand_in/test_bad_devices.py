@@ -44,7 +44,7 @@ def test_autocast_around_fit() -> None:
     runner = FDGRunner(mlp(), [0, 0], split=[4])
     with (
         torch.autocast("cpu", dtype=torch.bfloat16),
-        pytest.raises(RuntimeError, match="torch.autocast around fit does not reach the stages"),
+        pytest.raises(RuntimeError, match=r"torch\.autocast around fit does not reach"),
     ):
         runner.fit(batches(3))
 
