@@ -7,6 +7,7 @@ its place on machines without a GPU.
 from __future__ import annotations
 
 import contextlib
+import gc
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -93,19 +94,29 @@ class Accelerator(ABC):
 
 
 class _TorchGraph(Graph):
-    def __init__(self, graph: torch.cuda.CUDAGraph) -> None:
+    def __init__(self, graph: torch.cuda.CUDAGraph, turn: torch.cuda.Event) -> None:
         self._graph = graph
+        self._turn = turn
 
     @property
     def handle(self) -> int:
         return int(self._graph.raw_cuda_graph_exec())
 
     def replay(self) -> None:
+        # torch puts seed and offset into memory that all graphs of a device share, before it launches
+        # the graph: one replay must be done with them before the next one writes.
+        stream = torch.cuda.current_stream()
+        stream.wait_event(self._turn)
         self._graph.replay()
+        self._turn.record(stream)
 
 
 class TorchCuda(Accelerator):
     """The real thing."""
+
+    def __init__(self) -> None:
+        self._turns: dict[int, torch.cuda.Event] = {}  # [device] see _TorchGraph.replay
+        self._failed: list[torch.cuda.CUDAGraph] = []
 
     def count(self) -> int:
         return torch.cuda.device_count()
@@ -141,36 +152,69 @@ class TorchCuda(Accelerator):
         self, ordinal: int, lane: Lane, pool: Any, function: Callable[[], Sequence[Tensor]]
     ) -> Graph:
         graph = torch.cuda.CUDAGraph()
-        state = self.random_state(ordinal)
         # Memory that is free now may be needed in the pool.
         torch.cuda.synchronize(ordinal)
         torch.cuda.empty_cache()
+        collecting = gc.isenabled()
+        gc.disable()  # garbage that frees device memory would end the capture
         try:
             with torch.cuda.stream(lane):
-                # "thread_local": a DataLoader's thread that pins memory must not end the capture.
-                graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-                try:
-                    function()
-                except BaseException:
-                    with contextlib.suppress(Exception):
-                        graph.capture_end()
-                    raise
-                graph.capture_end()
+                self._capture_on_current_stream(graph, ordinal, pool, function)
+                turn = self._turns.setdefault(ordinal, torch.cuda.Event())  # type: ignore[no-untyped-call]
+                turn.record(lane)
+        finally:
+            if collecting:
+                gc.enable()
+        return _TorchGraph(graph, turn)
+
+    def _capture_on_current_stream(
+        self,
+        graph: torch.cuda.CUDAGraph,
+        ordinal: int,
+        pool: Any,
+        function: Callable[[], Sequence[Tensor]],
+    ) -> None:
+        try:
+            # "thread_local": a DataLoader's thread that pins memory must not end the capture.
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+            function()
         except BaseException:
-            self._end_failed_capture(ordinal, state)
+            with contextlib.suppress(Exception):  # what the function raised says more
+                self._end_capture(graph, ordinal, pool)
             raise
-        return _TorchGraph(graph)
+        self._end_capture(graph, ordinal, pool)
+
+    def _end_capture(self, graph: torch.cuda.CUDAGraph, ordinal: int, pool: Any) -> None:
+        try:
+            graph.capture_end()
+        except BaseException:
+            self._clean_up_failed_capture(graph, ordinal, pool)
+            raise
+
+    def _clean_up_failed_capture(
+        self, graph: torch.cuda.CUDAGraph, ordinal: int, pool: Any
+    ) -> None:
+        """Where ending a capture raises, torch 2.11 leaves three things as if it still went on: its
+        allocator, a filter of that allocator which points into the graph, and its generator."""
+        self._failed.append(graph)  # for the filter, for good
+        for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+            with contextlib.suppress(RuntimeError, AttributeError):
+                getattr(torch._C, name)(ordinal, pool)
+        # A capture that ends well takes the generator out of the failed one.
+        with contextlib.suppress(RuntimeError):
+            something = torch.zeros(1, device=self.device(ordinal))
+            torch.cuda.current_stream().synchronize()
+            again = torch.cuda.CUDAGraph()
+            again.capture_begin(capture_error_mode="thread_local")
+            something.add_(1)
+            again.capture_end()
 
     def release(self) -> None:
+        # One for each stream there ever was, otherwise.
+        clear = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
+        if clear is not None:
+            clear()
         torch.cuda.empty_cache()
-
-    @staticmethod
-    def _end_failed_capture(ordinal: int, state: Tensor) -> None:
-        """After a capture that did not end well torch's generator still believes it is in one, and
-        refuses random numbers: give it a state of its own again."""
-        fresh = torch.Generator(device=torch.device("cuda", ordinal))
-        fresh.set_state(state)
-        torch.cuda.default_generators[ordinal].graphsafe_set_state(fresh.graphsafe_get_state())
 
 
 _current: Accelerator = TorchCuda()

@@ -1,9 +1,11 @@
 """Forward and backward of a CUDA stage as captured graphs, one of each per slot.
 
 A graph's addresses are baked in, so every slot has graphs of its own: its weight copy, its input and
-its activations. It has memory of its own too (a pool per slot, not per stage): what one slot's
-forward frees while it is captured is free for any later capture of the same pool, and replaying that
-forward would then overwrite the activations another slot still needs for its backward.
+its activations. Every slot's forward has memory (a pool) of its own too: what it frees while it is
+captured is free for any later capture of the same pool, and replaying that forward would then overwrite
+what another slot's forward left for its backward, or an error signal that is still being sent. All
+backwards of a stage share one pool: of what they leave, the update has read the gradients before the
+next backward begins, and the next backward waits until the error signal was sent.
 
 A stage that cannot be captured runs eagerly, with the same numbers.
 """
@@ -23,7 +25,7 @@ from fdg_cuda import _core
 from fdg_cuda.accelerator import Graph, accelerator
 from fdg_cuda.buffers import SavedBuffers
 from fdg_cuda.cuda_stage import CudaStage
-from fdg_cuda.errors import CaptureError
+from fdg_cuda.errors import CaptureError, DeviceOutOfMemoryError
 from fdg_cuda.mail import Form, addresses, laid_out_like, without_gaps, word
 
 logger = logging.getLogger("fdg_cuda")
@@ -45,8 +47,10 @@ class SlotGraphs:
     root: Tensor  # keeps the autograd graph, and with it the activations, alive
     sent: Tensor | None = None  # what goes up; None at the last stage
     error: Tensor | None = None  # where the error signal is taken in
-    gradients: Sequence[Tensor | None] = ()
-    error_down: Tensor | None = None
+    # Where the backward leaves its results; 0 bytes: no error signal goes down. The tensors
+    # themselves are not kept, so that the next slot's backward leaves its own in the same memory.
+    gradients: Sequence[int] = ()
+    error_down: tuple[int, int] = (0, 0)  # address, bytes
     forward: Graph | None = None
     backward: Graph | None = None
 
@@ -65,6 +69,7 @@ class StageGraphs:
         self._circumstances: object = None
         # Where every slot's backward takes the error signal in: one is at work at a time.
         self._error: Tensor | None = None
+        self._backward_pool: object = accelerator().graph_pool()
 
     # -- works ---------------------------------------------------------------------------------
 
@@ -100,6 +105,7 @@ class StageGraphs:
         self._eager_because = None
         self._warm = False
         self._drop()
+        self._backward_pool = accelerator().graph_pool()
         for (slot, half), (work, copy) in self._forwards.items():
             self._prepare_later(work, slot, copy, half)
         for (slot, half), work in self._backwards.items():
@@ -163,16 +169,15 @@ class StageGraphs:
             source, sent = word(stage.errors.address, half)[0], word(stage.errors.sent, half)[0]
             intakes.append(_intake(source, graphs.error, sent))
         row = stage.memory.gradient_table[slot]
-        words: list[Words] = [(int(row.ctypes.data), addresses(graphs.gradients))]
+        words: list[Words] = [(int(row.ctypes.data), list(graphs.gradients))]
         if stage.below is not None:
-            errors, down = stage.below.errors, graphs.error_down
+            errors, (address, nbytes) = stage.below.errors, graphs.error_down
             words += [
-                (word(errors.sent, half)[0], [0 if down is None else down.nbytes]),
+                (word(errors.sent, half)[0], [nbytes]),
                 (word(errors.by_graph, half)[0], [1]),
+                (word(stage.error_words, 0)[0], [address]),
             ]
-            if down is not None:
-                errors.reserve(half, down.nbytes)
-                words.append((word(stage.error_words, 0)[0], [down.data_ptr()]))
+            errors.reserve(half, nbytes)
         self._use(self._backwards[slot, half], graphs.backward, intakes, words)
 
     def _use(
@@ -248,7 +253,6 @@ class StageGraphs:
 
     def _capture_both(self, graphs: SlotGraphs, copy: int, batch: int) -> None:
         stage = self._stage
-        pool = accelerator().graph_pool()
 
         def forward() -> list[Tensor]:
             stage._sites.install(stage.memory.leaves[copy])
@@ -263,10 +267,11 @@ class StageGraphs:
         def backward() -> list[Tensor]:
             gradients, down = self._gradients(graphs, graphs.root, graphs.error, copy)
             if graphs.backward is None:
-                graphs.gradients, graphs.error_down = gradients, down
+                graphs.gradients = addresses(gradients)
+                graphs.error_down = (0, 0) if down is None else (down.data_ptr(), down.nbytes)
             return [g for g in (*gradients, down) if g is not None]
 
-        graphs.forward = self._captured("forward", pool, forward)
+        graphs.forward = self._captured("forward", accelerator().graph_pool(), forward)
         if stage.above is not None:
             assert graphs.sent is not None
             form = Form.of(graphs.sent)
@@ -278,7 +283,7 @@ class StageGraphs:
             stage.above.inbox.regular = form
         if stage.below is not None:
             stage.below.errors.regular = Form.of(graphs.input)
-        graphs.backward = self._captured("backward", pool, backward)
+        graphs.backward = self._captured("backward", self._backward_pool, backward)
 
     def _captured(self, what: str, pool: object, function: Callable[[], list[Tensor]]) -> Graph:
         stage = self._stage
@@ -323,6 +328,8 @@ class StageGraphs:
             logger.info("stage %d runs eagerly: %s", stage.index, reason)
             return
         if stage.fit.graphs == "always":
+            if isinstance(cause, torch.OutOfMemoryError):
+                raise DeviceOutOfMemoryError(stage.index, stage.ordinal, cause) from cause
             raise CaptureError(
                 f"graphs=True, but stage {stage.index} cannot run as captured graphs: {reason}. "
                 f"graphs='auto' runs such stages eagerly."

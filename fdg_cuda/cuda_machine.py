@@ -133,7 +133,8 @@ class CudaMachine(Machine):
 
     def forward(self, model: nn.Sequential, x: Tensor) -> Tensor:
         if not self._stages:
-            output: Tensor = model(x)
+            # On the CPU, or where its layers were measured.
+            output: Tensor = model(x.to(next(model.parameters()).device))
             return output
         for stage in self._stages:
             x = x.to(stage.device)

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
+from weakref import ReferenceType, ref
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ from fdg_cuda.layout import INBOX_HALVES, CudaLayout, Step, Transfer
 from fdg_cuda.mail import Form, Inbox, Outbox, laid_out_like, turns, without_gaps, word
 from fdg_cuda.metrics import correct_on_device
 from fdg_cuda.schedule import Kind
-from fdg_cuda.stage import Stage, wants_gradient
+from fdg_cuda.stage import Snapshot, Stage, wants_gradient
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -94,8 +95,8 @@ class CudaStage(Stage):
                 layer.to(device)
             super().__init__(index, layers, slots, stash=stash, device=device)
         # Wiring, set by the machine.
-        self.below: CudaStage | None = None
         self.above: CudaStage | None = None
+        self._below: ReferenceType[CudaStage] | None = None
         self._fit: CudaFit | None = None
         self._sgd: _core.CudaSgd | None = None
         self._graphs: StageGraphs | None = None
@@ -167,6 +168,20 @@ class CudaStage(Stage):
             inbox.forget()
 
     @property
+    def below(self) -> CudaStage | None:
+        """The stage below. Referenced weakly, or device memory would wait for the garbage
+        collector."""
+        return None if self._below is None else self._below()
+
+    @below.setter
+    def below(self, stage: CudaStage | None) -> None:
+        self._below = None if stage is None else ref(stage)
+
+    def snapshot(self) -> Snapshot:
+        with said_out_of_memory(self.index, self.ordinal):
+            return super().snapshot()
+
+    @property
     def fit(self) -> CudaFit:
         """The running fit."""
         assert self._fit is not None, "begin_fit comes first"
@@ -174,7 +189,7 @@ class CudaStage(Stage):
 
     @property
     def is_first(self) -> bool:
-        return self.below is None
+        return self._below is None
 
     @property
     def is_last(self) -> bool:
