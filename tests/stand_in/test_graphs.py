@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fdg_cuda import FDGRunner
 from fdg_cuda.accelerator import accelerator
+from fdg_cuda.cuda_graphs import StageGraphs
 from fdg_cuda.errors import CaptureError
 
 TOLERANCE = 1e-10
@@ -206,3 +207,24 @@ def test_layouts_survive_the_hops() -> None:
     ]
     for split in ([2, 3], [1, 4], [2, 4]):
         assert compare(copy.deepcopy(model), split, data, device=0, epochs=2, lr=0.05) < TOLERANCE
+
+
+def test_no_forward_shares_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a forward frees while it is captured must not hold what another graph leaves behind;
+    backwards of one stage may share, since nothing they leave outlives the next one's begin."""
+    captured: list[tuple[str, int]] = []
+    plain = StageGraphs._captured
+
+    def watched(self: StageGraphs, what: str, pool: object, function: Any) -> Any:
+        captured.append((f"{what} {self._stage.index}", id(pool)))
+        pools.append(pool)
+        return plain(self, what, pool, function)
+
+    pools: list[object] = []  # alive, so that no two have one id
+    monkeypatch.setattr(StageGraphs, "_captured", watched)
+    FDGRunner(mlp(), [0, 0, 0], split=even_split(8, 3), lr=0.05).fit(batches(12, last=None))
+    forwards = [pool for what, pool in captured if what.startswith("forward")]
+    backwards = {(what, pool) for what, pool in captured if what.startswith("backward")}
+    assert len(forwards) == len(set(forwards)) == 4 + 2 + 1
+    assert len(backwards) == len({pool for _, pool in backwards}) == 3
+    assert not set(forwards) & {pool for _, pool in backwards}
