@@ -79,7 +79,12 @@ def core(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_on_the_stand_in(core: Path, file: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(STAND_IN / file)],
-        env={**os.environ, "FDG_STAND_IN_CORE": str(core), "PYTHONPATH": str(ROOT)},
+        env={
+            **os.environ,
+            "FDG_STAND_IN_CORE": str(core),
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",  # parallel regions over tiny tensors only cost time
+        },
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -3,10 +3,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <string>
 #include <utility>
+#include <vector>
 
 #include "cudart.h"
 #include "python/extension.h"
+#include "races.h"
 
 namespace {
 
@@ -49,6 +52,28 @@ void bind(py::module_& m) {
   m.def("stand_in_make_graph",
         [](py::function replay) { return stand_in::make_graph(with_gil(std::move(replay))); });
   m.def("stand_in_destroy_graph", &stand_in::destroy_graph);
+
+  namespace races = stand_in::races;
+  m.attr("STAND_IN_HOST") = races::kHost;
+  m.attr("STAND_IN_DEFAULT_STREAM") = races::kDefaultStream;
+  m.def("stand_in_watch_for_races", &races::watch);
+  m.def("stand_in_name_stream", &races::name_stream);
+  m.def("stand_in_synchronize", &stand_in::synchronize);
+  m.def("stand_in_host_waited_for_stream", &races::host_waited_for_stream);
+  m.def("stand_in_allocated", [](uintptr_t begin, uintptr_t bytes, uintptr_t owner) {
+    return races::allocated({begin, begin + bytes}, owner);
+  });
+  m.def("stand_in_given_back", &races::given_back);
+  using Ranges = std::vector<std::pair<uintptr_t, uintptr_t>>;
+  m.def("stand_in_touch",
+        [](uintptr_t stream, const Ranges& reads, const Ranges& writes, const std::string& name) {
+          const auto as_ranges = [](const Ranges& pairs) {
+            std::vector<races::Range> ranges;
+            for (const auto& [begin, end] : pairs) ranges.push_back({begin, end});
+            return ranges;
+          };
+          races::touch(stream, as_ranges(reads), as_ranges(writes), name);
+        });
 }
 
 struct Register {

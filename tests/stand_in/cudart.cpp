@@ -3,7 +3,10 @@
 #include <chrono>
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
 #include <set>
+
+#include "races.h"
 
 namespace stand_in {
 namespace {
@@ -23,7 +26,7 @@ std::map<uintptr_t, Stream> streams;
 std::map<uintptr_t, Event> events;
 std::map<uintptr_t, std::function<void()>> graphs;
 std::set<void*> device_memory;
-std::set<void*> pinned_memory;
+std::map<void*, void*> pinned_memory;  // from, to
 std::set<std::pair<int, int>> peers;
 std::vector<char> scratch;
 
@@ -38,6 +41,22 @@ void copy(const char* call, void* to, const void* from, size_t bytes) {
     return;
   }
   std::memmove(to, from, bytes);
+}
+
+// For the race detector: `kind` says which side is a device's, which must be memory somebody
+// allocated. The host's side is looked at if it is page-locked.
+void touch_copied(const char* call, uintptr_t stream, void* to, const void* from, size_t bytes,
+                  cudaMemcpyKind kind) {
+  const races::Range target = races::range(to, bytes);
+  const races::Range source = races::range(from, bytes);
+  if (kind != cudaMemcpyDeviceToHost) races::must_be_known(call, stream, target);
+  if (kind != cudaMemcpyHostToDevice) races::must_be_known(call, stream, source);
+  races::touch(stream, {source}, {target}, call);
+}
+
+bool is_in_pinned_memory(const void* place) {
+  const auto next = pinned_memory.upper_bound(const_cast<void*>(place));
+  return next != pinned_memory.begin() && std::prev(next)->second > place;
 }
 
 Event* find_event(const char* call, cudaEvent_t event) {
@@ -85,6 +104,12 @@ void check_stream(const char* call, uintptr_t stream) {
   else if (found->second.device != device_now && !state().switch_failed)
     violation(std::string(call) + " on a stream of device " + std::to_string(found->second.device) +
               " while device " + std::to_string(device_now) + " is current");
+}
+
+void synchronize(int device) {
+  races::host_waited_for_stream(races::kDefaultStream);
+  for (const auto& [handle, stream] : streams)
+    if (stream.device == device) races::host_waited_for_stream(handle);
 }
 
 void set_device(int device) { device_now = device; }
@@ -161,6 +186,7 @@ cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flags) {
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
   check_stream("cudaStreamSynchronize", number(stream));
   ENTER("cudaStreamSynchronize");
+  races::host_waited_for_stream(number(stream));
   return cudaSuccess;
 }
 cudaError_t cudaStreamDestroy(cudaStream_t stream) {
@@ -176,6 +202,7 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned
   const Event* found = find_event("cudaStreamWaitEvent", event);
   if (found && !found->recorded) violation("a wait for an event that was never recorded");
   ENTER("cudaStreamWaitEvent");
+  races::wait(number(stream), number(event));
   return cudaSuccess;
 }
 
@@ -205,17 +232,20 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
     found->recorded = true;
     found->recorded_at = std::chrono::steady_clock::now();
   }
+  races::record(number(event), number(stream));
   return cudaSuccess;
 }
 cudaError_t cudaEventQuery(cudaEvent_t event) {
   const Event* found = find_event("cudaEventQuery", event);
   if (found && !found->recorded) violation("a query of an event that was never recorded");
   ENTER("cudaEventQuery");
+  races::host_waited_for_event(number(event));
   return cudaSuccess;
 }
 cudaError_t cudaEventSynchronize(cudaEvent_t event) {
   find_event("cudaEventSynchronize", event);
   ENTER("cudaEventSynchronize");
+  races::host_waited_for_event(number(event));
   return cudaSuccess;
 }
 cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t from, cudaEvent_t to) {
@@ -237,12 +267,17 @@ cudaError_t cudaMalloc(void** memory, size_t bytes) {
   *memory = std::aligned_alloc(512, (bytes + 511) / 512 * 512);
   device_memory.insert(*memory);
   ++state().alive["device memory"];
+  races::allocated(races::range(*memory, bytes), races::kHost);
   return cudaSuccess;
 }
 cudaError_t cudaFree(void* memory) {
   if (device_memory.erase(memory) == 0) {
     violation("device memory was freed twice");
   } else {
+    // A real one waits for the whole device; only for what the default stream does may be relied on
+    // that here.
+    races::host_waited_for_stream(races::kDefaultStream);
+    races::given_back(number(memory));
     std::free(memory);
     --state().alive["device memory"];
   }
@@ -252,14 +287,16 @@ cudaError_t cudaFree(void* memory) {
 cudaError_t cudaHostAlloc(void** memory, size_t bytes, unsigned) {
   ENTER("cudaHostAlloc");
   *memory = std::malloc(bytes);
-  pinned_memory.insert(*memory);
+  pinned_memory[*memory] = static_cast<char*>(*memory) + bytes;
   ++state().alive["pinned memory"];
+  races::allocated(races::range(*memory, bytes), races::kHost);
   return cudaSuccess;
 }
 cudaError_t cudaFreeHost(void* memory) {
   if (pinned_memory.erase(memory) == 0) {
     violation("pinned memory was freed twice");
   } else {
+    races::given_back(number(memory));
     std::free(memory);
     --state().alive["pinned memory"];
   }
@@ -267,15 +304,22 @@ cudaError_t cudaFreeHost(void* memory) {
   return cudaSuccess;
 }
 
-cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind) {
+cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind) {
   ENTER("cudaMemcpy");
+  touch_copied("cudaMemcpy", races::kDefaultStream, to, from, bytes, kind);
+  // What goes to a device may still be on its way when the call returns.
+  if (kind == cudaMemcpyDeviceToHost) races::host_waited_for_stream(races::kDefaultStream);
   copy("cudaMemcpy", to, from, bytes);
   return cudaSuccess;
 }
-cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind,
+cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind,
                             cudaStream_t stream) {
   check_stream("cudaMemcpyAsync", number(stream));
   ENTER("cudaMemcpyAsync");
+  // Native code of the host has just written what it copies from page-locked memory of its own.
+  if (kind == cudaMemcpyHostToDevice && is_in_pinned_memory(from))
+    races::touch(races::kHost, {}, {races::range(from, bytes)}, "writing page-locked memory");
+  touch_copied("cudaMemcpyAsync", number(stream), to, from, bytes, kind);
   copy("cudaMemcpyAsync", to, from, bytes);
   return cudaSuccess;
 }
@@ -284,6 +328,7 @@ cudaError_t cudaMemcpyPeerAsync(void* to, int to_device, const void* from, int f
   check_stream("cudaMemcpyPeerAsync", number(stream));
   if (to_device == from_device) violation("a copy between peers that are one device");
   ENTER("cudaMemcpyPeerAsync");
+  touch_copied("cudaMemcpyPeerAsync", number(stream), to, from, bytes, cudaMemcpyDeviceToDevice);
   copy("cudaMemcpyPeerAsync", to, from, bytes);
   if (state().peers_corrupt && bytes > 0) static_cast<char*>(to)[bytes / 2] ^= 1;
   return cudaSuccess;
@@ -291,6 +336,8 @@ cudaError_t cudaMemcpyPeerAsync(void* to, int to_device, const void* from, int f
 cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t stream) {
   check_stream("cudaMemsetAsync", number(stream));
   ENTER("cudaMemsetAsync");
+  races::must_be_known("cudaMemsetAsync", number(stream), races::range(memory, bytes));
+  races::touch(number(stream), {}, {races::range(memory, bytes)}, "cudaMemsetAsync");
   std::memset(memory, value, bytes);
   return cudaSuccess;
 }

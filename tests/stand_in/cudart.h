@@ -1,6 +1,7 @@
 // A stand-in for the CUDA runtime, for machines without a GPU: it checks and counts every call, and
 // does at once, in host memory, what was enqueued. The order of enqueuing is an order in which the
-// program may run, so the numbers are those a device would give.
+// program may run, so the numbers are those a device would give. Whether another order could give
+// others is for the race detector (races.h) to say.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -45,6 +46,8 @@ void violation(const std::string& text);
 
 // Whoever enqueues on `stream` must have made its device the current one.
 void check_stream(const char* call, uintptr_t stream);
+// The host waits for all that was enqueued on the device.
+void synchronize(int device);
 void set_device(int device);
 int current_device();
 

@@ -1,7 +1,10 @@
 // The kernels' launchers, done on the host with the same element math and the same chunk table.
+#include <vector>
+
 #include "cuda/sgd_kernel.h"
 #include "cuda/sleep_kernel.h"
 #include "cudart.h"
+#include "races.h"
 #include "sgd.h"
 
 namespace fdg::cuda {
@@ -43,6 +46,31 @@ void update(const SgdLaunch& launch) {
     update<false, true>(launch, c);
 }
 
+// For the race detector.
+template <class T>
+void touch(const SgdLaunch& launch, uintptr_t stream) {
+  using stand_in::races::range;
+  const size_t count = static_cast<size_t>(launch.chunk_count);
+  std::vector<stand_in::races::Range> reads{range(launch.hyper, kHyperFields * sizeof(double)),
+                                            range(launch.chunks, count * sizeof(Chunk))};
+  std::vector<stand_in::races::Range> writes;
+  for (size_t i = 0; i < count; ++i) {
+    const Chunk& chunk = launch.chunks[i];
+    const size_t bytes = static_cast<size_t>(chunk.size) * sizeof(T);
+    reads.push_back(range(launch.gradients + chunk.segment, sizeof(uint64_t)));
+    reads.push_back(range(static_cast<const T*>(launch.weights) + chunk.place, bytes));
+    writes.push_back(range(static_cast<T*>(launch.target) + chunk.place, bytes));
+    const auto* gradient = reinterpret_cast<const T*>(launch.gradients[chunk.segment]);
+    if (!gradient) continue;
+    reads.push_back(range(gradient + chunk.begin, bytes));
+    // With a factor of 0 it is neither read nor written, but that is a matter of the numbers.
+    writes.push_back(range(static_cast<T*>(launch.momentum) + chunk.place, bytes));
+  }
+  for (const auto* list : {&reads, &writes})
+    for (const auto& memory : *list) stand_in::races::must_be_known("launch_sgd", stream, memory);
+  stand_in::races::touch(stream, reads, writes, "launch_sgd");
+}
+
 }  // namespace
 
 cudaError_t launch_sgd(const SgdLaunch& launch, int multiprocessors, cudaStream_t stream) {
@@ -50,10 +78,14 @@ cudaError_t launch_sgd(const SgdLaunch& launch, int multiprocessors, cudaStream_
   if (multiprocessors < 1) stand_in::violation("launch_sgd for no multiprocessor");
   const cudaError_t entered = stand_in::enter("launch_sgd");
   if (entered != cudaSuccess) return entered;
-  if (launch.dtype == Dtype::float32)
+  const auto on = reinterpret_cast<uintptr_t>(stream);
+  if (launch.dtype == Dtype::float32) {
+    if (stand_in::races::watching()) touch<float>(launch, on);
     update<float>(launch);
-  else
+  } else {
+    if (stand_in::races::watching()) touch<double>(launch, on);
     update<double>(launch);
+  }
   return cudaSuccess;
 }
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+from race_detector import RaceDetector
 from torch import Tensor
 
 from fdg_cuda import _core
@@ -40,12 +41,16 @@ class StandIn(Accelerator):
     """Three devices whose memory is the host's. A replay does what was captured again, into the
     memory the capture was given.
 
+    Args:
+        races: is told where torch works.
+
     Attributes:
         refuses: asked before each capture; an exception it returns is raised half-way through it.
         captures: how many graphs were captured.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, races: RaceDetector | None = None) -> None:
+        self._races = races
         self.refuses: Callable[[int], Exception | None] = lambda capture: None
         self.captures = 0
 
@@ -69,15 +74,18 @@ class StandIn(Accelerator):
         _core.stand_in_set_device(ordinal)
         _core.stand_in_check_stream(handle)
         try:
-            yield
+            with self._races.working_on(handle) if self._races else nullcontext():
+                yield
         finally:
             _core.stand_in_set_device(before)
 
     def synchronize(self, ordinal: int) -> None:
         _raise_if_lost()
+        _core.stand_in_synchronize(ordinal)
 
     def pinned(self, size: int) -> Tensor:
-        return torch.empty(size, dtype=torch.uint8)
+        memory = torch.empty(size, dtype=torch.uint8)
+        return self._races.pinned(memory) if self._races else memory
 
     def random_state(self, ordinal: int) -> Tensor:
         return torch.get_rng_state()

@@ -36,6 +36,7 @@ def calls_of_a_fit(stand_in: Any, **options: Any) -> int:
     return int(stand_in.calls)
 
 
+@pytest.mark.without_race_detector
 @pytest.mark.parametrize("lost", [False, True], ids=["one call", "device lost"])
 @pytest.mark.parametrize("graphs", [False, True], ids=["eager", "graphs"])
 def test_whichever_call_fails(stand_in: Any, graphs: bool, lost: bool) -> None:
