@@ -6,6 +6,8 @@ import os
 import shlex
 import shutil
 import subprocess
+from importlib.util import find_spec
+from pathlib import Path
 
 from unavailable import unavailable
 
@@ -31,3 +33,20 @@ def call_compiler(*arguments: object) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise CompileError(f"{shlex.join(command)}\n{done.stdout}{done.stderr}")
+
+
+def cuda_headers() -> Path:
+    """Where ``cuda_runtime_api.h`` is: in a package that came with torch, or the CUDA toolkit."""
+    folders = []
+    for package, inside in (("triton", "backends/nvidia/include"), ("nvidia", "cu13/include")):
+        spec = find_spec(package)
+        folders += [
+            Path(place) / inside for place in (spec and spec.submodule_search_locations) or []
+        ]
+    nvcc = shutil.which("nvcc")
+    if nvcc is not None:
+        folders.append(Path(nvcc).resolve().parent.parent / "include")
+    found = next((place for place in folders if (place / "cuda_runtime_api.h").exists()), None)
+    if found is None:
+        unavailable("no CUDA headers: they come with torch's CUDA builds, or with the toolkit")
+    return found

@@ -9,12 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from compiling import FLAGS, JOBS, CompileError, call_compiler, compiler
+from compiling import FLAGS, JOBS, CompileError, call_compiler, compiler, cuda_headers
 from unavailable import unavailable
 
 ROOT = Path(__file__).resolve().parent.parent
 CORE = ROOT / "csrc"
 TESTS = ROOT / "tests" / "cpp"
+# What plays the CUDA runtime and the kernels.
+STAND_IN = ROOT / "tests" / "stand_in"
+RUNTIME = ("cudart.cpp", "kernels.cpp", "races.cpp")
 RUN_TIMEOUT_S = 120  # for one that hangs; a run takes seconds
 
 
@@ -58,15 +61,19 @@ def check_sanitizer(build: Build, folder: Path) -> None:
 def compile_tests(build: Build, folder: Path) -> Path:
     """The test program of ``build``, its objects compiled a few at a time."""
     check_sanitizer(build, folder)
-    # sgd_chunks.cpp is the part of cuda/ that needs no toolkit.
-    patterns = ("*.cpp", "cpu/*.cpp", "trace/*.cpp", "cuda/sgd_chunks.cpp")
+    patterns = ("*.cpp", "cpu/*.cpp", "trace/*.cpp", "cuda/*.cpp")
     core = sorted(path for pattern in patterns for path in CORE.glob(pattern))
-    sources = [(source, build.core) for source in core if source.name != "bindings.cpp"]
-    sources += [(source, ("-O0",)) for source in sorted(TESTS.glob("*.cpp"))]
+    sources = [(source, build.core) for source in core if "bindings" not in source.name]
+    tests = [
+        *TESTS.glob("*.cpp"),
+        *TESTS.glob("cuda/*.cpp"),
+        *(STAND_IN / name for name in RUNTIME),
+    ]
+    sources += [(source, ("-O0",)) for source in sorted(tests)]
+    includes = (f"-I{CORE}", f"-I{TESTS}", f"-I{STAND_IN}", "-isystem", cuda_headers())
 
     def compile_one(source: Path, optimisation: tuple[str, ...]) -> Path:
         target = folder / "_".join(source.relative_to(ROOT).with_suffix(".o").parts)
-        includes = (f"-I{CORE}", f"-I{TESTS}")
         call_compiler(
             *FLAGS, *optimisation, *build.sanitizer, *includes, "-c", source, "-o", target
         )

@@ -7,16 +7,14 @@ The stand-in (``tests/stand_in/cudart.cpp``) checks every call and does what is 
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from compiling import FLAGS, JOBS, call_compiler
+from compiling import FLAGS, JOBS, call_compiler, cuda_headers
 from unavailable import unavailable
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,23 +22,6 @@ CORE = ROOT / "csrc"
 STAND_IN = ROOT / "tests" / "stand_in"
 SOURCES = ("*.cpp", "cpu/*.cpp", "trace/*.cpp", "python/*.cpp", "cuda/*.cpp")
 RUN_TIMEOUT_S = 280
-
-
-def cuda_headers() -> Path:
-    """Where ``cuda_runtime_api.h`` is: in a package that came with torch, or the CUDA toolkit."""
-    folders = []
-    for package, inside in (("triton", "backends/nvidia/include"), ("nvidia", "cu13/include")):
-        spec = find_spec(package)
-        folders += [
-            Path(place) / inside for place in (spec and spec.submodule_search_locations) or []
-        ]
-    nvcc = shutil.which("nvcc")
-    if nvcc is not None:
-        folders.append(Path(nvcc).resolve().parent.parent / "include")
-    found = next((place for place in folders if (place / "cuda_runtime_api.h").exists()), None)
-    if found is None:
-        unavailable("no CUDA headers: they come with torch's CUDA builds, or with the toolkit")
-    return found
 
 
 @pytest.fixture(scope="module")
