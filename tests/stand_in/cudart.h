@@ -48,6 +48,8 @@ void check_stream(const char* call, uintptr_t stream);
 void set_device(int device);
 int current_device();
 
+uintptr_t make_stream(int device);
+void destroy_stream(uintptr_t stream);
 uintptr_t make_graph(std::function<void()> replay);
 void destroy_graph(uintptr_t graph);
 
