@@ -47,11 +47,12 @@ def on_groups(task: Task, groups: Groups, effort: Effort, deadline: Deadline) ->
     makers: dict[str, Make] = {
         "bp eager, one group": partial(BpTrial, task, "eager", groups.streams[0]),
         fdg: partial(FdgTrial, task, stages, graphs=True, streams=groups.streams),
-        "bp one graph, one group": partial(BpTrial, task, "one graph", groups.streams[0]),
         "bp eager, whole card": partial(BpTrial, task, "eager"),
     }
-    ratios = [Ratio(fdg, name, GOALS[stages]) for name in makers if name.endswith("one group")]
-    ratios += [Ratio("bp eager, one group", "bp eager, whole card")]
+    ratios = [
+        Ratio(fdg, "bp eager, one group", GOALS[stages]),
+        Ratio("bp eager, one group", "bp eager, whole card"),
+    ]
     result = take_turns(makers, ratios, effort, deadline, task)
     return {**asdict(groups), "streams": len(groups.streams), **result}
 

@@ -74,6 +74,7 @@ class Report:
                                 "name": f"{label}: {ratio['of']} / {ratio['to']}",
                                 "measured": ratio["median"],
                                 "goal": ratio["goal"],
+                                "sense": "at most",
                                 "met": ratio["median"] <= ratio["goal"],
                             }
                         )
@@ -111,11 +112,11 @@ class Report:
 def turns_of(name: str, result: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """The comparisons in a section, each with a title."""
     if "ratios" in result:
-        yield f"{result['net']} {result['precision']} ({name})", result
-    for group, turns in result.get("groups", {}).items():
+        yield name if result["net"] in name else f"{name} ({result['net']} instead)", result
+    for turns in result.get("groups", {}).values():
         if "ratios" in turns:
             sizes = "+".join(map(str, turns["sizes"]))
-            yield f"{result['net']} {result['precision']}, {group}, SMs {sizes}", turns
+            yield f"{name} {result['net']} {result['precision']}, {sizes} multiprocessors", turns
 
 
 def all_turns(report: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
@@ -167,8 +168,8 @@ def show(console: Console, report: dict[str, Any]) -> None:
     for heading in ("", "measured", "goal", ""):
         table.add_column(heading)
     for goal in report["goals"]:
-        met = "met" if goal["met"] else "missed"
-        table.add_row(goal["name"], f"{goal['measured']:.3g}", f"{goal['goal']:g}", met)
+        met, wanted = "met" if goal["met"] else "missed", f"{goal['sense']} {goal['goal']:g}"
+        table.add_row(goal["name"], f"{goal['measured']:.3g}", wanted, met)
     console.print(table)
     for kind in ("skipped", "errors"):
         for name, text in report[kind].items():

@@ -230,7 +230,7 @@ class FdgTrial(Trial):
         self._batches = task.batches()
         schedule = self.runner.schedule
         # From here on all stages are at work, and no step is enqueued for the first time.
-        self._filled = schedule.latency + max(map(schedule.slots, range(stages))) + 1 + WARM_UP
+        self.filled = schedule.latency + max(map(schedule.slots, range(stages))) + 1 + WARM_UP
         self._steps = 0
         self._go, self._done = threading.Semaphore(0), threading.Semaphore(0)
         self._closing = False
@@ -241,7 +241,7 @@ class FdgTrial(Trial):
 
     def span(self, steps: int) -> Span:
         self._steps = steps
-        self.ticks.first, self.ticks.last = self._filled, self._filled + steps
+        self.ticks.first, self.ticks.last = self.filled, self.filled + steps
         self._go.release()
         self._done.acquire()
         if self._error is not None:
@@ -258,7 +258,7 @@ class FdgTrial(Trial):
 
     @property
     def _length(self) -> int:
-        return self._filled + self._steps + 1
+        return self.filled + self._steps + 1
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of a span: the runner's loader."""
