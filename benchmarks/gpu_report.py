@@ -129,6 +129,19 @@ def all_turns(report: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     ]
 
 
+def missing(report: dict[str, Any]) -> dict[str, str]:
+    """What was not measured, and the last line of why."""
+    found = {**report["skipped"], **report["errors"]}
+    for name, result in report["sections"].items():
+        parts = {name: result}
+        parts |= {f"{name} {group}": part for group, part in result.get("groups", {}).items()}
+        for part, turns in parts.items():
+            found |= {f"{part}, {case}": why for case, why in turns.get("errors", {}).items()}
+            if "error" in turns:
+                found[part] = turns["error"]
+    return {name: text.strip().splitlines()[-1] for name, text in found.items()}
+
+
 def load(folder: Path) -> dict[str, Any]:
     """What is in ``folder/gpu.json``."""
     report: dict[str, Any] = json.loads((folder / f"{NAME}.json").read_text())
@@ -171,9 +184,8 @@ def show(console: Console, report: dict[str, Any]) -> None:
         met, wanted = "met" if goal["met"] else "missed", f"{goal['sense']} {goal['goal']:g}"
         table.add_row(goal["name"], f"{goal['measured']:.3g}", wanted, met)
     console.print(table)
-    for kind in ("skipped", "errors"):
-        for name, text in report[kind].items():
-            console.print(f"{kind}: {name}: {text.strip().splitlines()[-1]}", markup=False)
+    for name, text in missing(report).items():
+        console.print(f"not measured: {name}: {text}", markup=False)
 
 
 def _show_updates(console: Console, report: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_report import all_turns
+from benchmarks.gpu_report import all_turns, missing
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parent.parent / "README.md"
@@ -155,9 +155,8 @@ def gpu() -> list[str]:
         [goal["name"], f"{goal['measured']:.3g}", gpu_goal_of(goal)] for goal in results["goals"]
     ]
     lines += table(["goal", "measured", "wanted"], goals)
-    missing = [f"{name}: {why}" for name, why in results["skipped"].items()]
-    missing += [f"{name}: failed" for name in results["errors"]]
-    lines += [f"Not measured: {'; '.join(missing)}.", ""] if missing else []
+    absent = [f"{name}: {why}" for name, why in missing(results).items()]
+    lines += [f"Not measured: {'; '.join(absent)}.", ""] if absent else []
     return [*lines, *origin(results), *gpu_learning()]
 
 

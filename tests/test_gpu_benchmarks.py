@@ -16,7 +16,7 @@ pytest.importorskip("rich")
 
 from benchmarks import gpu, gpu_learning, gpu_rounds, tables
 from benchmarks.device_clock import Deadline
-from benchmarks.gpu_report import Report
+from benchmarks.gpu_report import Report, missing
 from benchmarks.gpu_rounds import Effort, Ratio, take_turns
 from benchmarks.gpu_trials import BpTrial, FdgTrial, Span, Task, Trial
 from benchmarks.green_contexts import (
@@ -222,6 +222,17 @@ def test_trials_end_and_say_what_broke() -> None:
     with pytest.raises(NonFiniteLossError):
         trial.span(2)
     trial.close()
+
+
+def test_what_failed_inside_a_section_is_named() -> None:
+    groups = {"K=2": {"error": "a\nGreenContextError: cuInit returned 100 (NO_DEVICE)\n"}}
+    nets = {"errors": {"bp compiled": "trace\nRuntimeError: no compiler"}}
+    sections = {"green": {"groups": groups}, "nets": nets}
+    assert missing({"sections": sections, "skipped": {"update": "no time left"}, "errors": {}}) == {
+        "update": "no time left",
+        "green K=2": "GreenContextError: cuInit returned 100 (NO_DEVICE)",
+        "nets, bp compiled": "RuntimeError: no compiler",
+    }
 
 
 # -- green contexts -------------------------------------------------------------------------------
