@@ -213,10 +213,10 @@ def draw_steps(file: Path, report: dict[str, Any]) -> bool:
     size = (6.5 * PANELS, rows * (1.0 + 0.36 * most))
     figure = Figure(figsize=size, dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(rows, PANELS, squeeze=False).flat
+    panels = list(figure.subplots(rows, PANELS, squeeze=False).flat)
     for axes, (label, turns) in zip(panels, comparisons, strict=False):
         _bars(axes, label, turns)
-    for axes in list(panels)[len(comparisons) :]:
+    for axes in panels[len(comparisons) :]:
         axes.set_visible(False)
     with replacing(file) as temporary:
         figure.savefig(temporary, format="png")
