@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 import fdg_cuda
+from fdg_cuda.report import replacing
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -60,8 +61,10 @@ def quartiles(values: Sequence[float]) -> dict[str, float]:
 
 
 def write(name: str, results: dict[str, Any], folder: Path = RESULTS) -> Path:
-    """``folder/name.json`` with the results and the environment they were measured in."""
+    """``folder/name.json`` with the results and the environment they were measured in, in one step."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{name}.json"
-    file.write_text(json.dumps({"environment": environment(), **results}, indent=1) + "\n")
+    text = json.dumps({"environment": environment(), **results}, indent=1) + "\n"
+    with replacing(file) as temporary:
+        temporary.write_text(text)
     return file

@@ -231,15 +231,17 @@ PYBIND11_MODULE(_core, m) {
 
   py::class_<PyScheduler>(m, "Scheduler")
       .def(py::init([](const std::string& backend, const std::vector<std::string>& streams,
-                       int max_ticks_in_flight, std::vector<int> devices, uint64_t delay_seed,
-                       int max_delay_us) {
+                       int max_ticks_in_flight, std::vector<int> devices,
+                       std::vector<uintptr_t> handles, uint64_t delay_seed, int max_delay_us) {
              return std::make_unique<PyScheduler>(
                  backend, streams, max_ticks_in_flight,
-                 fdg::BackendOptions{std::move(devices), delay_seed, max_delay_us});
+                 fdg::BackendOptions{std::move(devices), std::move(handles), delay_seed,
+                                     max_delay_us});
            }),
            py::arg("backend"), py::arg("streams"), py::kw_only(),
            py::arg("max_ticks_in_flight") = 4, py::arg("devices") = std::vector<int>(),
-           py::arg("delay_seed") = 0, py::arg("max_delay_us") = 0)
+           py::arg("handles") = std::vector<uintptr_t>(), py::arg("delay_seed") = 0,
+           py::arg("max_delay_us") = 0)
       .def(
           "add_buffer",
           [](PyScheduler& self, std::string name, bool shared) {

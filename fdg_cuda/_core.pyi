@@ -46,7 +46,8 @@ class FlatSgd:
 class Scheduler:
     """Runs ticks of actions on the streams of one backend (``"cpu"``, ``"trace"`` or ``"cuda"``).
 
-    ``devices``: cuda only, the ordinal of every stream's device.
+    ``devices``: cuda only, the ordinal of every stream's device. ``handles``: cuda only, per stream a
+    ``cudaStream_t`` to use, which stays the caller's and must outlive the scheduler, or 0 to make one.
 
     One Python thread at a time may use it, except for ``cancel`` and ``close``: those may be called
     by any. What another thread is waiting for then ends with RuntimeError, and the streams' threads
@@ -61,6 +62,7 @@ class Scheduler:
         *,
         max_ticks_in_flight: int = 4,
         devices: Sequence[int] = ...,
+        handles: Sequence[int] = ...,
         delay_seed: int = 0,
         max_delay_us: int = 0,
     ) -> None: ...

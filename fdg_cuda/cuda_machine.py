@@ -53,6 +53,9 @@ class CudaMachine(Machine):
         # For tests: see CudaPipeline; and hops that are staged although devices reach each other.
         self.injected_delays = (0, 0)
         self.stage_every_hop = False
+        # Per stage a cudaStream_t to compute on (of a green context, say), which must outlive every
+        # fit; empty: streams are made.
+        self.compute_streams: list[int] = []
 
     def make_stages(self, parts: Sequence[Sequence[nn.Module]]) -> Sequence[Stage]:
         self._stages = [
@@ -81,6 +84,7 @@ class CudaMachine(Machine):
             interrupts=interrupts,
             recorder=recorder,
             delays=self.injected_delays,
+            compute_streams=self.compute_streams,
         )
 
     def _is_staged(self, lower: int, upper: int) -> bool:

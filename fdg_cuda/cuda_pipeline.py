@@ -32,6 +32,7 @@ class CudaPipeline(Pipeline):
         stash: whether each slot has its own weight copy.
         staged: per hop, whether it goes through pinned host memory.
         graphs: ``"auto"``, ``"always"`` or ``"never"``.
+        compute_streams: per stage a ``cudaStream_t`` of the caller's to compute on; empty: made here.
         delays: (seed, longest in microseconds) of the device's sleeps before every action, for tests.
     """
 
@@ -48,6 +49,7 @@ class CudaPipeline(Pipeline):
         interrupts: Interrupts,
         recorder: Recorder | None = None,
         delays: tuple[int, int] = (0, 0),
+        compute_streams: Sequence[int] = (),
     ) -> None:
         super().__init__(
             schedule, stages, loss_fn, optimizer, interrupts=interrupts, recorder=recorder
@@ -63,6 +65,7 @@ class CudaPipeline(Pipeline):
             layout.streams,
             max_ticks_in_flight=MAX_TICKS_IN_FLIGHT,
             devices=ordinals,
+            handles=_handles(layout, compute_streams),
             delay_seed=delays[0],
             max_delay_us=delays[1],
         )
@@ -128,3 +131,11 @@ class CudaPipeline(Pipeline):
                 raise NonFiniteLossError(loss, batch, self._epoch)
             answers = None if math.isnan(correct) else round(correct)
             self.results.append((loss, int(self._samples[row]), answers))
+
+
+def _handles(layout: CudaLayout, compute_streams: Sequence[int]) -> list[int]:
+    """Per stream the handle to adopt, 0 where one is to be made."""
+    handles = [0] * len(layout.streams)
+    for stage, handle in enumerate(compute_streams):
+        handles[layout.compute(stage)] = handle
+    return handles

@@ -22,6 +22,7 @@ namespace {
 std::unique_ptr<Backend> make_cuda_backend(const BackendOptions& options) {
   Options cuda;
   cuda.devices = options.devices;
+  cuda.handles = options.handles;
   cuda.delay_seed = options.delay_seed;
   cuda.max_delay_us = options.max_delay_us;
   return std::make_unique<CudaBackend>(std::move(cuda));

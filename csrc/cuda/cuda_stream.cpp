@@ -46,7 +46,7 @@ CudaStream::CudaStream(int device, const Options& options, uint64_t index, Failu
       delays_(options.delay_seed * 1000003 + index),
       failure_(failure),
       log_(std::move(log)),
-      stream_(device) {}
+      stream_(device, index < options.handles.size() ? options.handles[index] : 0) {}
 
 template <class Function>
 void CudaStream::guarded(const Doing& doing, const Function& function) noexcept {

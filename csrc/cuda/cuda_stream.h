@@ -2,6 +2,7 @@
 // run on it and launch on their stream. The host waits only where it bounds the ticks in flight.
 #pragma once
 
+#include <cstdint>
 #include <map>
 #include <memory>
 #include <random>
@@ -17,6 +18,9 @@ namespace fdg::cuda {
 
 struct Options {
   std::vector<int> devices;  // [stream]
+  // [stream] a cudaStream_t of the caller's, which must outlive the scheduler; 0 makes a stream.
+  // Empty: all are made.
+  std::vector<uintptr_t> handles;
   // For tests: the device sleeps up to max_delay_us microseconds before every action.
   uint64_t delay_seed = 0;
   int max_delay_us = 0;

@@ -3,16 +3,20 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <string>
 
 #include "api.h"
 
 namespace fdg::cuda {
 
-// A stream that the default stream does not wait for, nor it for the default stream.
+// A stream that the default stream does not wait for, nor it for the default stream. One that is
+// adopted is drained but not destroyed at the end: it is somebody else's.
 class StreamHandle {
  public:
-  explicit StreamHandle(int device) : device_(device) {
+  explicit StreamHandle(int device, uintptr_t adopted = 0)
+      : device_(device), owned_(adopted == 0), stream_(reinterpret_cast<cudaStream_t>(adopted)) {
+    if (!owned_) return;
     const DeviceGuard guard(device);
     FDG_CUDA_CHECK(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking));
   }
@@ -22,7 +26,7 @@ class StreamHandle {
     static_cast<void>(cudaGetDevice(&previous));
     static_cast<void>(cudaSetDevice(device_));
     static_cast<void>(cudaStreamSynchronize(stream_));
-    static_cast<void>(cudaStreamDestroy(stream_));
+    if (owned_) static_cast<void>(cudaStreamDestroy(stream_));
     static_cast<void>(cudaSetDevice(previous));
     static_cast<void>(cudaGetLastError());
   }
@@ -34,7 +38,8 @@ class StreamHandle {
 
  private:
   const int device_;
-  cudaStream_t stream_ = nullptr;
+  const bool owned_;
+  cudaStream_t stream_;
 };
 
 class EventHandle {

@@ -4,6 +4,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include <cstdint>
 #include <functional>
 #include <map>
 #include <memory>
@@ -19,7 +20,8 @@ namespace fdg {
 
 // What a backend may be asked for; each takes what concerns it.
 struct BackendOptions {
-  std::vector<int> devices;  // [stream] ordinals
+  std::vector<int> devices;        // [stream] ordinals
+  std::vector<uintptr_t> handles;  // [stream] the backend's own handle to adopt, 0: make one
   uint64_t delay_seed = 0;
   int max_delay_us = 0;
 };

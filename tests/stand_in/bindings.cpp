@@ -47,6 +47,8 @@ void bind(py::module_& m) {
   m.def("stand_in_state", &stand_in::state, py::return_value_policy::reference);
   m.def("stand_in_check_stream",
         [](uintptr_t stream) { stand_in::check_stream("work of torch", stream); });
+  m.def("stand_in_make_stream", &stand_in::make_stream, py::arg("device"));
+  m.def("stand_in_destroy_stream", &stand_in::destroy_stream);
   m.def("stand_in_set_device", &stand_in::set_device);
   m.def("stand_in_current_device", &stand_in::current_device);
   m.def("stand_in_make_graph",

@@ -115,6 +115,17 @@ void synchronize(int device) {
 void set_device(int device) { device_now = device; }
 int current_device() { return device_now; }
 
+uintptr_t make_stream(int device) {
+  ++state().alive["stream"];
+  streams[++next_handle] = {device};
+  return next_handle;
+}
+
+void destroy_stream(uintptr_t stream) {
+  if (streams.erase(stream) == 0) violation("an adopted stream was destroyed");
+  --state().alive["stream"];
+}
+
 uintptr_t make_graph(std::function<void()> replay) {
   ++state().alive["graph"];
   graphs[++next_handle] = std::move(replay);

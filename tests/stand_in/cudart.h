@@ -51,6 +51,8 @@ void synchronize(int device);
 void set_device(int device);
 int current_device();
 
+uintptr_t make_stream(int device);
+void destroy_stream(uintptr_t stream);
 uintptr_t make_graph(std::function<void()> replay);
 void destroy_graph(uintptr_t graph);
 

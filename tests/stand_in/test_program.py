@@ -10,7 +10,7 @@ import torch
 from chains import batches, compare, even_split, mlp, same_bits
 from torch import nn
 
-from fdg_cuda import FDGRunner
+from fdg_cuda import FDGRunner, _core
 from fdg_cuda.cuda_machine import peers_reach_each_other
 
 BATCHES = 12
@@ -85,6 +85,26 @@ def test_devices_streams_and_graphs_change_no_bit() -> None:
             weights = runner.state_dict()
             expected = expected or weights
             assert same_bits(weights, expected)
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_stages_compute_on_streams_they_are_given(stand_in: Any, graphs: bool) -> None:
+    """Which change no number, and are still there afterwards."""
+    peers_reach_each_other(0, 1)  # makes streams too, once
+    streams = [_core.stand_in_make_stream(device) for device in (0, 0, 1)]
+    runners = []
+    for given in ([], streams):
+        runner = FDGRunner(mlp(), [0, 0, 1], split=even_split(8, 3), lr=0.05, graphs=graphs)
+        runner._machine.compute_streams = given
+        made = stand_in.calls_of.get("cudaStreamCreateWithFlags", 0)
+        runner.fit(batches(9), epochs=2)
+        runner.fit(batches(5))
+        runners.append((runner, stand_in.calls_of["cudaStreamCreateWithFlags"] - made))
+    (plain, all_made), (adopting, fewer_made) = runners
+    assert same_bits(plain.state_dict(), adopting.state_dict())
+    assert all_made - fewer_made == 2 * len(streams)
+    for stream in streams:
+        _core.stand_in_destroy_stream(stream)
 
 
 def test_metrics_come_back_without_asking_the_device(stand_in: Any) -> None:

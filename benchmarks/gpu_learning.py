@@ -1,0 +1,345 @@
+"""Does ``fdg`` on one card learn what BP learns? As many epochs and seeds as fit into the time.
+
+    python -m benchmarks.gpu_learning --out DIR [--minutes 8] [--data-root FOLDER]
+
+BP and ``fdg`` in 2, 3 and 4 stages, with beta 0.5 and 1, each with the same seeds (first weights and
+batches). Two epochs of each are timed first, and the number of epochs is planned for ``SEEDS`` seeds;
+that number stays in ``DIR/gpu_learning.json`` with every finished run, so that the same command goes
+on where it was stopped. ``--device cpu`` tries the program out on digits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.device_clock import Deadline
+from benchmarks.harness import write
+from fdg_cuda import FDGRunner, data, models
+from fdg_cuda.errors import NonFiniteLossError
+from fdg_cuda.metrics import EpochResult
+from fdg_cuda.report import replacing
+from fdg_cuda.settings import Settings
+from fdg_cuda.train import lr_factor
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+NAME = "gpu_learning"
+SEEDS, MOST_SEEDS = 3, 7
+EPOCHS = (60, 50, 40, 30, 24, 20, 16, 12, 10, 8, 6, 4, 2, 1)
+BATCH_SIZE, TEST_BATCH_SIZE = 128, 2500
+LR = 0.1
+CAREFUL_LR = 1e-3  # two epochs have no warm-up, and only their time counts
+MARGIN = 1.1  # a run may take so much longer than it was measured to
+AT_THE_END_S = 15.0
+COLORS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7")  # which colour-blind readers can tell apart
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a net is trained."""
+
+    stages: int
+    beta: float | None = None  # None: BP
+
+    @property
+    def name(self) -> str:
+        return "bp" if self.beta is None else f"fdg K={self.stages} beta={self.beta:g}"
+
+
+WAYS = [Way(1), *(Way(stages, beta) for beta in (0.5, 1.0) for stages in (2, 3, 4))]
+
+
+@dataclass(frozen=True)
+class Study:
+    """Net, data and device.
+
+    Attributes:
+        test: the test set on the device, in large batches.
+    """
+
+    model: str
+    spec: data.DataSpec
+    is_cuda: bool
+    test: list[tuple[torch.Tensor, torch.Tensor]]
+
+    def runner(self, way: Way, seed: int, lr: float) -> FDGRunner:
+        torch.manual_seed(seed)
+        net = models.build(
+            self.model,
+            in_channels=self.spec.in_channels,
+            num_classes=self.spec.num_classes,
+            image_size=self.spec.image_size,
+        )
+        method = {"method": "bp"} if way.beta is None else {"method": "fdg", "beta": way.beta}
+        place = {} if self.is_cuda else {"cpu_threads": way.stages}
+        options: dict[str, Any] = {**method, **place}
+        return FDGRunner(net, [0 if self.is_cuda else "cpu"] * way.stages, lr=lr, **options)
+
+    def train(self, way: Way, seed: int, epochs: int, lr: float = LR) -> dict[str, Any]:
+        """One run: a row per epoch, and why it diverged if it did."""
+        runner = self.runner(way, seed, lr)
+        loader = data.BatchLoader(
+            self.spec.train, BATCH_SIZE, shuffle=True, seed=seed, drop_last=True
+        )
+        schedule = lr_factor(Settings(epochs=epochs).completed(threads=1), len(loader))
+        scheduler = torch.optim.lr_scheduler.LambdaLR(runner.optimizer, schedule)
+        rows: list[dict[str, Any]] = []
+
+        def on_epoch(result: EpochResult) -> None:
+            begin = time.perf_counter()
+            accuracy = runner.evaluate(self.test).accuracy
+            assert accuracy is not None
+            rows.append(
+                {
+                    "train_loss": result.loss,
+                    "test_error": 1 - accuracy,
+                    "seconds": result.seconds,
+                    "test_seconds": time.perf_counter() - begin,
+                }
+            )
+
+        diverged = None
+        begin = time.perf_counter()
+        try:
+            runner.fit(loader, epochs, lr_scheduler=scheduler, lr_step="batch", on_epoch=on_epoch)
+        except NonFiniteLossError as error:
+            diverged = str(error)
+        seconds = time.perf_counter() - begin
+        return {"way": way.name, "seed": seed, "epochs": rows, "diverged": diverged,
+                "split": runner.split, "seconds": seconds}  # fmt: skip
+
+
+def make_study(settings: argparse.Namespace) -> Study:
+    is_cuda = settings.device == "cuda"
+    spec = data.load("fashion-mnist" if is_cuda else "digits", settings.data_root)
+    device = torch.device("cuda", 0) if is_cuda else torch.device("cpu")
+    test = [(x.to(device), y.to(device)) for x, y in data.BatchLoader(spec.test, TEST_BATCH_SIZE)]
+    return Study("resnet20" if is_cuda else "mlp", spec, is_cuda, test)
+
+
+# -- the plan -------------------------------------------------------------------------------------
+
+
+def measure_cost(study: Study) -> dict[str, tuple[float, float]]:
+    """Per way the seconds of a run's beginning, up to its first epoch's end, and of each epoch more."""
+    costs = {}
+    for way in WAYS:
+        run = study.train(way, 0, 2, CAREFUL_LR)
+        later = run["epochs"][-1]["seconds"] + run["epochs"][-1]["test_seconds"]
+        costs[way.name] = (max(run["seconds"] - later, later), later)
+    return costs
+
+
+def cost_of_run(cost: tuple[float, float], epochs: int) -> float:
+    return MARGIN * (cost[0] + (epochs - 1) * cost[1])
+
+
+def planned_epochs(costs: dict[str, tuple[float, float]], seconds: float) -> int:
+    """The most with which ``SEEDS`` runs of every way fit into ``seconds``."""
+    for epochs in EPOCHS:
+        if SEEDS * sum(cost_of_run(cost, epochs) for cost in costs.values()) <= seconds:
+            return epochs
+    return EPOCHS[-1]
+
+
+# -- results --------------------------------------------------------------------------------------
+
+
+def load(folder: Path, study: Study) -> dict[str, Any]:
+    """What an earlier run of the same study left, or a beginning."""
+    fresh: dict[str, Any] = {
+        "model": study.model,
+        "data": study.spec.name,
+        "plan": None,
+        "runs": {},
+        "errors": {},
+    }
+    try:
+        earlier: dict[str, Any] = json.loads((folder / f"{NAME}.json").read_text())
+        same = all(earlier[key] == fresh[key] for key in ("model", "data"))
+        return {key: earlier[key] for key in fresh} if same else fresh
+    except (OSError, ValueError, KeyError, TypeError):
+        return fresh
+
+
+def key_of(way: Way, seed: int) -> str:
+    return f"{way.name} seed={seed}"
+
+
+def finals(results: dict[str, Any], way: str) -> dict[int, float]:
+    """Test error behind the last epoch by seed, of the runs that did not diverge."""
+    runs = [run for run in results["runs"].values() if run["way"] == way and not run["diverged"]]
+    return {run["seed"]: run["epochs"][-1]["test_error"] for run in runs}
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return {"mean": statistics.fmean(values), "sd": deviation, "n": len(values)}
+
+
+def summary(results: dict[str, Any]) -> dict[str, Any]:
+    """Per way the final test errors, and their differences to BP with the same seed."""
+    found = {}
+    bp = finals(results, WAYS[0].name)
+    for way in WAYS:
+        errors = finals(results, way.name)
+        runs = [run for run in results["runs"].values() if run["way"] == way.name]
+        if not errors:
+            continue
+        pairs = [errors[seed] - bp[seed] for seed in errors if seed in bp]
+        found[way.name] = {
+            "test_error": spread(list(errors.values())),
+            "above_bp": spread(pairs) if pairs else None,
+            "diverged": sum(run["diverged"] is not None for run in runs),
+        }
+    return found
+
+
+def save(folder: Path, settings: argparse.Namespace, results: dict[str, Any]) -> None:
+    facts = {"device": settings.device, "lr": LR, "batch_size": BATCH_SIZE}
+    write(NAME, {"settings": facts, "summary": summary(results), **results}, folder)
+
+
+# -- what people see ------------------------------------------------------------------------------
+
+
+def draw(file: Path, results: dict[str, Any]) -> None:
+    """Test error over the epochs, a panel per beta: mean, least and largest over the seeds."""
+    betas = sorted({way.beta for way in WAYS if way.beta is not None})
+    figure = Figure(figsize=(11, 4.4), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(betas), sharey=True)
+    for axes, beta in zip(panels, betas, strict=True):
+        ways = [way for way in WAYS if way.beta in (None, beta)]
+        for way, color in zip(ways, COLORS, strict=True):
+            draw_way(axes, results, way, color)
+        axes.set_title(f"beta = {beta:g}", loc="left", fontsize=10)
+        axes.set_xlabel("epoch")
+        axes.grid(True, alpha=0.3)
+        if axes.lines:
+            axes.legend(fontsize=8)
+    panels[0].set_ylabel("test error (%): mean and range over seeds")
+    figure.suptitle(f"{results['model']} on {results['data']}", fontsize=11)
+    with replacing(file) as temporary:
+        figure.savefig(temporary, format="png")
+
+
+def draw_way(axes: Axes, results: dict[str, Any], way: Way, color: str) -> None:
+    curves = [
+        [100 * row["test_error"] for row in run["epochs"]]
+        for run in results["runs"].values()
+        if run["way"] == way.name and not run["diverged"]
+    ]
+    if not curves:
+        return
+    columns = list(zip(*curves, strict=False))
+    numbers = range(1, len(columns) + 1)
+    mean = [statistics.fmean(column) for column in columns]
+    label = f"{way.name}: {mean[-1]:.2f} % (n = {len(curves)})"
+    axes.plot(numbers, mean, color=color, label=label, marker="." if len(mean) < 30 else "")
+    axes.fill_between(
+        numbers, [min(c) for c in columns], [max(c) for c in columns], color=color, alpha=0.15
+    )
+
+
+def show(console: Console, results: dict[str, Any]) -> None:
+    epochs = (results["plan"] or {}).get("epochs", 0)
+    table = Table(title=f"{results['model']} on {results['data']}, {epochs} epochs: test error, %")
+    for heading in ("", "mean", "sd", "seeds", "above bp, same seeds", "diverged"):
+        table.add_column(heading)
+    for name, row in summary(results).items():
+        error, above = row["test_error"], row["above_bp"]
+        beyond = f"{100 * above['mean']:+.2f} (sd {100 * above['sd']:.2f})" if above else ""
+        table.add_row(
+            name,
+            f"{100 * error['mean']:.2f}",
+            f"{100 * error['sd']:.2f}",
+            str(error["n"]),
+            beyond,
+            str(row["diverged"]),
+        )
+    console.print(table)
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--out", type=Path, required=True, help="folder for what is written")
+    parser.add_argument("--minutes", type=float, default=8.0)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--data-root", default=None, help="folder of the data; default: ./data")
+    settings = parser.parse_args(arguments)
+    if settings.minutes <= 0:
+        parser.error(f"--minutes must be above 0; got {settings.minutes:g}")
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        parser.error("there is no CUDA device; --device cpu tries the program out on digits")
+    return settings
+
+
+def run_all(
+    study: Study,
+    results: dict[str, Any],
+    deadline: Deadline,
+    keep: partial[None],
+    console: Console,
+) -> None:
+    """Every run of the plan that is not there yet, seed by seed, while time is left."""
+    plan = results["plan"]
+    seeds = MOST_SEEDS if study.is_cuda else 1
+    for seed in range(seeds):
+        for way in WAYS:
+            key = key_of(way, seed)
+            needed = cost_of_run(tuple(plan["costs"][way.name]), plan["epochs"])
+            if key in results["runs"]:
+                continue
+            if study.is_cuda and deadline.left < needed:
+                return
+            try:
+                results["runs"][key] = run = study.train(way, seed, plan["epochs"])
+                results["errors"].pop(key, None)
+                error = f"{100 * run['epochs'][-1]['test_error']:.2f} %" if run["epochs"] else "-"
+                console.print(f"{key}: {error} ({deadline.left:.0f} s left)", markup=False)
+            except Exception:
+                results["errors"][key] = traceback.format_exc()
+                console.print(traceback.format_exc(limit=-3), markup=False)
+            keep()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    settings = parse(arguments)
+    console = Console()
+    deadline = Deadline(60 * settings.minutes - AT_THE_END_S)
+    study = make_study(settings)
+    settings.out.mkdir(parents=True, exist_ok=True)
+    results = load(settings.out, study)
+    keep = partial(save, settings.out, settings, results)
+    if results["plan"] is None:
+        costs = measure_cost(study)
+        epochs = planned_epochs(costs, deadline.left) if study.is_cuda else 1
+        results["plan"] = {"epochs": epochs, "costs": costs}
+        console.print(f"{epochs} epochs per run")
+        keep()
+    run_all(study, results, deadline, keep, console)
+    keep()
+    draw(settings.out / f"{NAME}.png", results)
+    show(console, results)
+    console.print(f"written to {settings.out}")
+
+
+if __name__ == "__main__":
+    main()
