@@ -31,7 +31,9 @@ class CudaJudge final : public Judge {
     stand_in::races::watch(true);
     stand_in::races::allocated(stand_in::races::range(memory, 8), stand_in::races::kHost);
     {
-      cuda::CudaBackend backend({std::vector<int>(kStreams, 0), 0, 0});
+      cuda::Options options;
+      options.devices = std::vector<int>(kStreams, 0);
+      cuda::CudaBackend backend(options);
       Failure failure;
       std::map<char, Action> actions;
       actions[first].work = actions[second].work = std::make_shared<Touching>(memory);
