@@ -48,7 +48,15 @@ if not TYPE_CHECKING:  # type checkers see the imports above, and no others
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         from importlib import import_module
 
-        value = getattr(import_module(_MODULES[name]), name)
+        try:
+            value = getattr(import_module(_MODULES[name]), name)
+        except ImportError as error:
+            if "_core" not in str(error):
+                raise
+            raise ImportError(
+                f"fdg_cuda was imported from {__path__[0]}, where its extension is not built ({error}): "
+                f"run `pip install .` there, or leave this folder if fdg_cuda is installed elsewhere"
+            ) from error
         globals()[name] = value
         return value
 

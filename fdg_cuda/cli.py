@@ -147,6 +147,13 @@ def train(
         int | None,
         typer.Option(help="Cores that all stages share.", show_default="all", rich_help_panel=RUN),
     ] = None,
+    graphs: Annotated[
+        str,
+        typer.Option(
+            help="Captured CUDA graphs: auto, on (all stages, or an error) or off.",
+            rich_help_panel=SPLIT,
+        ),
+    ] = DEFAULT.graphs,
     channels_last: Annotated[
         bool | None,
         typer.Option(
@@ -191,6 +198,7 @@ def train(
                 batch_size=batch_size,
                 seed=seed,
                 threads=threads,
+                graphs=graphs,
                 channels_last=channels_last,
                 out=out,
             )

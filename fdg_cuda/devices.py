@@ -9,6 +9,12 @@ import torch
 from fdg_cuda import _core
 from fdg_cuda.accelerator import accelerator
 
+NO_CUDA_PART = (
+    "this installation of fdg_cuda has no CUDA part: it was built with FDG_CUDA=0, or where no nvcc was "
+    "found. Install the CUDA toolkit and, in the source folder, build again: "
+    "FDG_CUDA=1 pip install --force-reinstall --no-deps ."
+)
+
 Device = int | str | torch.device
 
 
@@ -33,6 +39,8 @@ def parse_devices(devices: Sequence[Device]) -> list[torch.device]:
             f"devices mixes {' and '.join(sorted(kinds))} devices ({', '.join(map(str, parsed))}); a "
             f"runner's stages are all on CUDA devices or all on the CPU"
         )
+    if kinds == {"cuda"}:
+        _check_cuda(parsed)
     return parsed
 
 
@@ -49,22 +57,29 @@ def _parse(device: Device) -> torch.device:
             f"unknown device {device!r}; use 'cpu', or a CUDA ordinal such as 0"
         ) from None
     if parsed.type == "cuda":
-        count = accelerator().count()
-        if (parsed.index is not None and not 0 <= parsed.index < max(count, 1)) or count == 0:
-            have = f"this machine has {count} CUDA devices" if count else "there is none here"
-            raise ValueError(
-                f"device {device!r} asks for a CUDA device, but {have}. Name 'cpu' once per stage for "
-                f"stages on the processor"
-            )
-        if "cuda" not in _core.backends:
-            raise ValueError(
-                f"device {device!r}: this installation of fdg_cuda has no CUDA part, since no nvcc was "
-                f"found when it was built. Install the CUDA toolkit and build again with FDG_CUDA=1 "
-                f"pip install --force-reinstall --no-deps ., or use 'cpu'"
-            )
         return torch.device("cuda", parsed.index or 0)
     if parsed.type != "cpu":
         raise ValueError(
             f"device {device!r} is not supported; use 'cpu', or a CUDA ordinal such as 0"
         )
     return parsed
+
+
+def _check_cuda(devices: Sequence[torch.device]) -> None:
+    count = accelerator().count()
+    missing = next((device for device in devices if device.index >= count), None)
+    if missing is not None and count > 0:
+        raise ValueError(
+            f"device {missing.index} is not there: this machine has {count} CUDA devices, numbered from "
+            f"0 to {count - 1}. A device may be named more than once: {[0] * len(devices)}"
+        )
+    has_cuda_part = "cuda" in _core.backends
+    if missing is not None:
+        also = "" if has_cuda_part else " This installation of fdg_cuda has no CUDA part either."
+        raise ValueError(
+            f"device {missing.index} is a CUDA device, but torch sees none here; "
+            f"`python -m fdg_cuda doctor` says why.{also} For stages on the processor: "
+            f"devices={['cpu'] * len(devices)}"
+        )
+    if not has_cuda_part:
+        raise ValueError(f"device {devices[0].index}: {NO_CUDA_PART}; or use 'cpu'")

@@ -9,6 +9,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -20,6 +21,7 @@ from fdg_cuda.settings import cores
 # In float64 a wrong delay, weight version or factor shows far above this, and the order in which
 # the runner and the oracle add far below.
 TOLERANCE = 1e-9
+CUDA_SELF_TEST = "self-test cuda"
 
 
 @dataclass(frozen=True)
@@ -46,17 +48,24 @@ def examine(console: Console | None = None) -> bool:
         table.add_row(state, finding.subject, Text(finding.text))
     console.print(table)
     usable = all(finding.state != "FAIL" for finding in findings)
-    console.print("OK: fdg_cuda can be used" if usable else "fdg_cuda cannot be used as it is")
+    on_cuda = any(f.state == "ok" and f.subject == CUDA_SELF_TEST for f in findings)
+    where = "on CPU and CUDA devices" if on_cuda else "on the CPU"
+    console.print(
+        f"OK: fdg_cuda can be used {where}" if usable else "fdg_cuda cannot be used as it is"
+    )
     return usable
 
 
 def _findings() -> Iterator[Finding]:
-    yield Finding("ok", "fdg_cuda", __version__)
+    yield Finding("ok", "fdg_cuda", f"{__version__}, in {Path(__file__).parent}")
     yield Finding("ok", "python", f"{platform.python_version()}, {platform.platform()}")
     yield _package("torch", "FAIL", "training needs it: pip install torch")
     yield _package("torchvision", "no", "fashion-mnist and CIFAR cannot be downloaded")
     yield _package("sklearn", "no", "the digits are inside it: pip install scikit-learn")
-    yield _guarded("extension", _extension)
+    extension = _guarded("extension", _extension)
+    yield extension
+    if extension.state == "FAIL":
+        return
     yield Finding("ok", "cores", f"{cores()}, CPU stages share them")
     try:
         yield from _devices()
@@ -64,7 +73,7 @@ def _findings() -> Iterator[Finding]:
         yield Finding("FAIL", "devices", _words(error))
     yield _guarded("self-test", lambda: _self_test("cpu"))
     if _cuda_is_usable():
-        yield _guarded("self-test cuda", lambda: _self_test(0))
+        yield _guarded(CUDA_SELF_TEST, lambda: _self_test(0))
 
 
 def _guarded(subject: str, examine: Callable[[], str]) -> Finding:
@@ -92,8 +101,9 @@ def _extension() -> str:
         from fdg_cuda import _core
     except ImportError as error:
         raise ImportError(
-            f"the C++ extension cannot be imported ({error}); build it with `pip install .` in the "
-            f"source folder"
+            f"fdg_cuda was imported from {Path(__file__).parent}, where its extension is not built "
+            f"({error}); run `pip install .` there, or leave this folder if fdg_cuda is installed "
+            f"elsewhere"
         ) from error
     return f"backends {', '.join(_core.backends)}"
 
@@ -122,6 +132,7 @@ def _why_no_cuda() -> str:
     import torch
 
     from fdg_cuda import _core
+    from fdg_cuda.devices import NO_CUDA_PART
 
     reasons = []
     if torch.version.cuda is None:
@@ -132,10 +143,7 @@ def _why_no_cuda() -> str:
             f"recent enough, or CUDA_VISIBLE_DEVICES hides them (nvidia-smi tells)"
         )
     if "cuda" not in _core.backends:
-        reasons.append(
-            "this installation of fdg_cuda has no CUDA part (no nvcc when it was built; build again "
-            "with FDG_CUDA=1)"
-        )
+        reasons.append(NO_CUDA_PART)
     return "; ".join(reasons)
 
 

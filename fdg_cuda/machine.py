@@ -71,8 +71,6 @@ class CpuMachine(Machine):
 
     def __init__(self, schedule: Schedule, *, stash: bool, cpu_threads: int | None) -> None:
         super().__init__(schedule, stash=stash)
-        if cpu_threads is not None and cpu_threads < 1:
-            raise ValueError(f"cpu_threads must be at least 1; got {cpu_threads}")
         self._cpu_threads = cpu_threads
         self._stages: list[CpuStage] = []
         # For tests: (seed, longest delay in microseconds) put before every action.

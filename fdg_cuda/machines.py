@@ -23,14 +23,35 @@ def make_machine(
     Raises:
         ValueError: an argument that cannot be, or makes no sense for this kind of device.
     """
-    if graphs != "auto" and not isinstance(graphs, bool):
-        raise ValueError(f"graphs must be 'auto', True or False; got {graphs!r}")
     if devices[0].type == "cpu":
         if graphs is True:
-            raise ValueError("graphs=True asks for CUDA graphs, but the devices are CPUs")
+            raise ValueError(
+                "graphs=True asks for CUDA graphs, but the devices are CPUs; leave graphs out, or name "
+                "CUDA devices"
+            )
         return CpuMachine(schedule, stash=stash, cpu_threads=cpu_threads)
     if cpu_threads is not None:
-        raise ValueError("cpu_threads is for stages on the CPU; these devices are CUDA ones")
+        raise ValueError(
+            "cpu_threads is for stages on the CPU, but these devices are CUDA ones; leave it out"
+        )
     from fdg_cuda.cuda_machine import CudaMachine
 
     return CudaMachine(schedule, [device.index for device in devices], stash=stash, graphs=graphs)
+
+
+def check_options(graphs: object, cpu_threads: object) -> None:
+    """What can be said of options before any device is looked for.
+
+    Raises:
+        TypeError, ValueError: a value that can never be.
+    """
+    if graphs != "auto" and not isinstance(graphs, bool):
+        raise ValueError(f"graphs must be 'auto', True or False; got {graphs!r}")
+    if cpu_threads is None:
+        return
+    if isinstance(cpu_threads, bool) or not isinstance(cpu_threads, int):
+        raise TypeError(
+            f"cpu_threads must be a whole number, the cores all stages share; got {cpu_threads!r}"
+        )
+    if cpu_threads < 1:
+        raise ValueError(f"cpu_threads must be at least 1; got {cpu_threads}")

@@ -67,7 +67,11 @@ class Recorder:
             self.timeline.note = self._why_nothing()
             if error is None:
                 logger.warning("nothing was traced, no file is written: %s", self.timeline.note)
-        elif self._path is not None:
+            return
+        asked = self._end - self._begin
+        got = self.timeline.ticks
+        self.timeline.note = f"{got} of {asked} ticks: fit ended" if got < asked else ""
+        if self._path is not None:
             try:
                 self._write(self._path)
             except Exception as trouble:

@@ -24,7 +24,7 @@ from fdg_cuda.devices import Device, parse_devices
 from fdg_cuda.epoch import train_epoch
 from fdg_cuda.inference import evaluate, predict
 from fdg_cuda.interrupts import Interrupts
-from fdg_cuda.machines import make_machine
+from fdg_cuda.machines import check_options, make_machine
 from fdg_cuda.metrics import (
     BatchResult,
     EpochResult,
@@ -52,7 +52,7 @@ class FDGRunner:
         model: an ``nn.Sequential`` (its children are the chain) or a list of modules, each taking
             one tensor and returning one.
         devices: one per stage; integers are CUDA ordinals, strings torch device names; repeats are
-            allowed (``["cpu", "cpu"]``).
+            allowed (``["cpu", "cpu"]``, ``[0, 0, 1, 1]``); all of one kind.
         method: ``"fdg"`` (Zhuang et al., TNNLS 2021), ``"ddg"`` (Huo et al., ICML 2018) or ``"bp"``.
         split: the children at which stages 1, 2, ... begin. None: where the measured times of
             forward and backward balance best, on the first batch of the first ``fit``.
@@ -99,6 +99,7 @@ class FDGRunner:
     ) -> None:
         self._model = as_chain(model)
         self._layers = list(self._model)
+        check_options(graphs, cpu_threads)
         self._devices = parse_devices(devices)
         self._schedule = Schedule(method, len(self._devices))
         if backward_weights not in BACKWARD_WEIGHTS:

@@ -11,6 +11,9 @@ from dataclasses import asdict, dataclass, replace
 
 LONGEST_DEFAULT_WARMUP = 5  # epochs
 
+# What --graphs may be, and what it is to the runner.
+GRAPHS: dict[str, str | bool] = {"auto": "auto", "on": True, "off": False}
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -41,6 +44,7 @@ class Settings:
     batch_size: int = 128
     seed: int = 0
     threads: int | None = None
+    graphs: str = "auto"
     channels_last: bool | None = None
     out: str | None = None
 
@@ -97,6 +101,8 @@ class Settings:
             if value is not None and value < least:
                 option = f"--{name.replace('_', '-')}"
                 raise ValueError(f"{option} must be at least {least}; got {value}")
+        if self.graphs not in GRAPHS:
+            raise ValueError(f"--graphs must be one of {', '.join(GRAPHS)}; got {self.graphs}")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"--seed must be between 0 and 2**63 - 1; got {self.seed}")
         if not self.lr_decay > 0:

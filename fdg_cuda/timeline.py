@@ -12,6 +12,7 @@ stage, or ends with the last. The time between two epochs belongs to no window.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -101,7 +102,7 @@ class StageTimeline:
     busy: float
     seconds: float
     work: Mapping[str, float]
-    waits: tuple[Wait, ...]
+    waits: tuple[Wait, ...] = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,7 @@ class Epoch:
         return begin, self._marks.get(stage, self.end)
 
 
-@dataclass
+@dataclass(repr=False)
 class Timeline:
     """The measured timeline of a traced ``fit``.
 
@@ -165,7 +166,7 @@ class Timeline:
         stage_count: K.
         epochs: what was recorded of each epoch, the empty ones left out.
         lanes: the streams, by their index.
-        note: why nothing was recorded, if nothing was.
+        note: why nothing, or less than asked for, was recorded; empty if all was.
     """
 
     method: str
@@ -184,6 +185,16 @@ class Timeline:
     def ticks(self) -> int:
         """Recorded ticks."""
         return sum(epoch.ticks for epoch in self.epochs)
+
+    @property
+    def partial_ticks(self) -> int:
+        """Recorded ticks of fill or drain, in which some stage has nothing to forward or backward."""
+        busy = Counter(
+            (span.epoch, span.tick)
+            for span in self.spans
+            if span.code in (Kind.FORWARD.value, Kind.BACKWARD.value)
+        )
+        return self.ticks - sum(n == 2 * self.stage_count for n in busy.values())
 
     @property
     def seconds(self) -> float:
@@ -234,7 +245,7 @@ class Timeline:
             f"{'':7}{'':>9}   milliseconds per tick",
             f"{'stage':7}{'busy':>9}"
             + "".join(f"{name:>11}" for name in (*(NAMES[k.value] for k in COLUMNS), "other"))
-            + f"{'waiting':>11}",
+            + f"{'wait':>11}",
         ]
         for stage in self.stages:
             columns = [stage.work.get(kind.value, 0.0) for kind in COLUMNS]
@@ -244,7 +255,17 @@ class Timeline:
                 f"{stage.stage:<7}{100 * stage.busy:>7.1f} %"
                 + "".join(f"{abs(1e3 * s / self.ticks):>11.3f}" for s in columns)
             )
+        if self.partial_ticks:
+            lines.append(
+                f"{self.partial_ticks} of these ticks are fill or drain, in which some stages have "
+                f"nothing to do; trace longer epochs to see the steady state"
+            )
+        if self.note:
+            lines.append(self.note)
         return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        return f"<Timeline of {self.method}, {self.stage_count} stages, {self.ticks} ticks>"
 
     # -- trace events ---------------------------------------------------------------------------
 

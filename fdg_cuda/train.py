@@ -27,7 +27,7 @@ from fdg_cuda.report import (
     write_settings,
 )
 from fdg_cuda.runner import FDGRunner
-from fdg_cuda.settings import Settings
+from fdg_cuda.settings import GRAPHS, Settings
 from fdg_cuda.weights import finite, save_weights
 
 WARMUP_START = 0.1  # share of the learning rate with which the first batch is trained
@@ -120,6 +120,7 @@ class Training:
             beta=settings.beta,
             backward_weights=settings.backward_weights,
             cpu_threads=threads if parsed[0].type == "cpu" else None,
+            graphs=GRAPHS[settings.graphs],
         )
         self._factor = lr_factor(settings, len(self._train))
         self._metadata = {

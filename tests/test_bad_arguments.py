@@ -79,8 +79,14 @@ def test_unknown_device(device: Any) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without CUDA")
 @pytest.mark.parametrize("device", [0, 1, "cuda", "cuda:0", torch.device("cuda", 0)], ids=repr)
 def test_cuda_device_where_there_is_none(device: Any) -> None:
-    with refused(ValueError, repr(device), "there is none here", "'cpu'"):
+    with refused(ValueError, "is a CUDA device", "doctor` says why", "['cpu', 'cpu']"):
         FDGRunner(chain(), [device, device])
+
+
+@pytest.mark.parametrize("threads", [[1, 1], "2", True, 0, -1], ids=repr)
+def test_cpu_threads_of_another_kind(threads: Any) -> None:
+    with refused((TypeError, ValueError), "cpu_threads", repr(threads)):
+        FDGRunner(chain(), ["cpu", "cpu"], cpu_threads=threads)
 
 
 def test_cuda_ordinal_beyond_the_last() -> None:

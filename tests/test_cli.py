@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -431,3 +432,23 @@ def test_doctor_goes_on_after_a_package_that_does_not_import(
     assert findings["torchvision"].state == "no"
     assert "cannot be downloaded" in findings["torchvision"].text
     assert findings["self-test"].state == "ok"
+
+
+def test_a_folder_without_the_extension_says_so(tmp_path: Path) -> None:
+    """As in an unbuilt checkout, which hides an installed package from whoever is in it."""
+    package = Path(cli.__file__).parent
+    shutil.copytree(package, tmp_path / "fdg_cuda", ignore=shutil.ignore_patterns("*.so", "*.pyc"))
+    for command in (["-c", "from fdg_cuda import FDGRunner"], ["-m", "fdg_cuda", "doctor"]):
+        done = subprocess.run(
+            [sys.executable, *command],
+            cwd=tmp_path,
+            env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
+            capture_output=True,
+            text=True,
+            timeout=100,
+            check=False,
+        )
+        said = " ".join((done.stdout + done.stderr).split())
+        assert done.returncode == 1
+        assert "where its extension is not built" in said
+        assert "run `pip install .` there" in said

@@ -479,9 +479,12 @@ def test_the_printed_table() -> None:
         [],
         [Lane(0, "stage 0")],
     )
-    head, _, names, row = str(timeline).splitlines()
+    timeline.note = ""
+    assert timeline.partial_ticks == 1  # of the two: the second has an update alone
+    head, _, names, row, partial = str(timeline).splitlines()
+    assert partial.startswith("1 of these ticks are fill or drain")
     assert head == "fdg, 1 stage: 2 ticks in 0.040 s, bubble 37.5 %"
-    assert names.split() == ["stage", "busy", "forward", "backward", "update", "other", "waiting"]
+    assert names.split() == ["stage", "busy", "forward", "backward", "update", "other", "wait"]
     assert row.split() == ["0", "62.5", "%", "5.000", "2.500", "5.000", "0.000", "7.500"]
 
 
@@ -491,3 +494,22 @@ def test_many_ticks_are_drawn_in_part(tmp_path: Path) -> None:
     timeline = timeline_of(spans, [], [Lane(0, "stage 0")])
     draw(tmp_path / "long.png", timeline)
     assert 5_000 < len((tmp_path / "long.png").read_bytes()) < 1_000_000
+
+
+def test_less_than_asked_for_says_so() -> None:
+    runner = runner_of(2)
+    with runner.trace(ticks=50) as timeline:
+        runner.fit(batches(12, last=None))
+    assert timeline.ticks < 50
+    assert f"{timeline.ticks} of 50 ticks: fit ended" in str(timeline)
+    assert "2 of these ticks are fill or drain" in str(timeline)
+    assert repr(timeline) == f"<Timeline of fdg, 2 stages, {timeline.ticks} ticks>"
+
+
+def test_all_that_was_asked_for_says_nothing_more() -> None:
+    runner = runner_of(2)
+    with runner.trace(ticks=5) as timeline:
+        runner.fit(batches(20, last=None))
+    assert timeline.note == ""
+    assert timeline.partial_ticks == 0
+    assert len(str(timeline).splitlines()) == 3 + 2

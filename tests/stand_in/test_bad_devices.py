@@ -17,8 +17,8 @@ from fdg_cuda import FDGRunner, _core
     [
         ([0, "cpu"], {}, "mixes cpu and cuda devices (cuda:0, cpu)"),
         (["cpu", "cuda:1"], {}, "all on CUDA devices or all on the CPU"),
-        ([0, 3], {}, "this machine has 3 CUDA devices"),
-        (["cuda:7"], {}, "this machine has 3 CUDA devices"),
+        ([0, 3], {}, "this machine has 3 CUDA devices, numbered from 0 to 2"),
+        (["cuda:7"], {}, "device 7 is not there: this machine has 3 CUDA devices"),
         ([0, 0], {"cpu_threads": 2}, "cpu_threads is for stages on the CPU"),
         ([0, 0], {"graphs": "yes"}, "graphs must be 'auto', True or False; got 'yes'"),
         ([0, 0], {"graphs": 2}, "graphs must be 'auto', True or False; got 2"),
@@ -32,7 +32,9 @@ def test_refused(devices: list[Any], options: dict[str, Any], words: str) -> Non
 
 def test_an_installation_without_its_cuda_part(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_core, "backends", ("cpu", "trace"))
-    with pytest.raises(ValueError, match=r"no CUDA part, since no nvcc.*FDG_CUDA=1"):
+    with pytest.raises(
+        ValueError, match=r"no CUDA part: it was built with FDG_CUDA=0, or.*FDG_CUDA=1"
+    ):
         FDGRunner(mlp(), [0, 0])
 
 
