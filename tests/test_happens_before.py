@@ -201,3 +201,37 @@ def test_two_streams_writing_one_buffer_race() -> None:
     assert "0U0" in race
     assert "1U0" in race
     assert "buffer 3" in race
+
+
+@pytest.mark.parametrize("layout", ["cuda", "cuda staged"])
+@pytest.mark.parametrize("stages", range(2, 6))
+def test_copies_overlap_what_follows(stages: int, layout: str) -> None:
+    """In ``fdg`` a compute stream waits for its own copies of earlier ticks only: the error signal is
+    sent under update and forward, the activation under the next tick's backward. Labels are loaded
+    K-1 ticks behind their input."""
+    operations = enqueue("fdg", stages, batches_to_wrap(stages), layout=layout)
+    sent: dict[tuple[int, int], Operation] = {}  # by the record behind it
+    latest: dict[int, Operation] = {}
+    overlapped = 0
+    for index, o in enumerate(operations):
+        if o.kind == OperationKind.run:
+            latest[o.stream] = o
+            if o.code == "L":
+                assert o.tick == o.batch + stages - 1
+            if o.code == "I":
+                assert o.tick == o.batch
+        elif o.kind == OperationKind.record and o.stream in latest:
+            sent[o.event, o.ticket] = latest[o.stream]
+        elif o.kind == OperationKind.wait and o.stream % CudaLayout.STREAMS_PER_STAGE == 0:
+            copied = sent[o.event, o.ticket]
+            follows = next(
+                later
+                for later in operations[index:]
+                if later.kind == OperationKind.run and later.stream == o.stream
+            )
+            if copied.stage == follows.stage and copied.code in ("A", "E"):
+                # A backward frees what was sent long ago, or makes the next error signal.
+                assert follows.code == "B"
+                assert copied.tick < follows.tick
+                overlapped += 1
+    assert overlapped > 0
