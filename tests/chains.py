@@ -43,6 +43,31 @@ def batches(count: int = 10, *, size: int = 8, last: int | None = 3, seed: int =
     ]
 
 
+def convolutional() -> nn.Sequential:
+    """A float64 chain in channels_last; its third child works in place."""
+    torch.manual_seed(3)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1, bias=False),
+        nn.BatchNorm2d(8),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(8, 8, 3, padding=1),
+        nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)),
+    ).double()
+    return model.to(memory_format=torch.channels_last)
+
+
+def images(count: int, *, channels_last: bool = False) -> list[Batch]:
+    """``count`` batches for :func:`convolutional`."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return [
+        (
+            torch.randn(6, 3, 8, 8, dtype=torch.float64).contiguous(memory_format=layout),
+            torch.randint(0, CLASSES, (6,)),
+        )
+        for _ in range(count)
+    ]
+
+
 def even_split(layers: int, stages: int) -> list[int]:
     return [layers * k // stages for k in range(1, stages)]
 

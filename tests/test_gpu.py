@@ -13,7 +13,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from chains import Batch, batches, compare, even_split, largest_difference, mlp, same_bits
+from chains import (
+    Batch,
+    batches,
+    compare,
+    convolutional,
+    even_split,
+    images,
+    largest_difference,
+    mlp,
+    same_bits,
+)
 from torch import Tensor, nn
 
 from fdg_cuda import FDGRunner, _core
@@ -134,18 +144,7 @@ def test_the_same_seed_gives_the_same_bits() -> None:
 
 
 def test_a_convolutional_net_in_channels_last() -> None:
-    torch.manual_seed(3)
-    model = nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1, bias=False),
-        nn.BatchNorm2d(8),
-        nn.ReLU(inplace=True),
-        nn.Conv2d(8, 8, 3, padding=1),
-        nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)),
-    ).double()
-    model = model.to(memory_format=torch.channels_last)
-    data = [
-        (torch.randn(6, 3, 8, 8, dtype=torch.float64), torch.randint(0, 4, (6,))) for _ in range(9)
-    ]
+    model, data = convolutional(), images(9)
     for graphs in (False, True):
         assert (
             compare(

@@ -7,7 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from chains import batches, compare, even_split, largest_difference, mlp
+from chains import (
+    batches,
+    compare,
+    convolutional,
+    even_split,
+    images,
+    largest_difference,
+    mlp,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -73,24 +81,7 @@ def test_runner_agrees_with_the_oracle_on_random_chains(
 
 
 def test_a_convolutional_chain_in_channels_last_agrees() -> None:
-    torch.manual_seed(3)
-    model = nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1, bias=False),
-        nn.BatchNorm2d(8),
-        nn.ReLU(inplace=True),
-        nn.Conv2d(8, 8, 3, padding=1),
-        nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)),
-    ).double()
-    model = model.to(memory_format=torch.channels_last)
-    data = [
-        (
-            torch.randn(6, 3, 8, 8, dtype=torch.float64).contiguous(
-                memory_format=torch.channels_last
-            ),
-            torch.randint(0, 4, (6,)),
-        )
-        for _ in range(7)
-    ]
+    model, data = convolutional(), images(7, channels_last=True)
     assert compare(model, [2, 3], data, epochs=2, lr=0.05) < TOLERANCE
     assert model[0].weight.is_contiguous(memory_format=torch.channels_last)
 

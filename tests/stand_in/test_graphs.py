@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from chains import Batch, batches, compare, even_split, mlp, same_bits
+from chains import Batch, batches, compare, convolutional, even_split, images, mlp, same_bits
 from torch import Tensor, nn
 
 from fdg_cuda import FDGRunner
@@ -193,18 +193,7 @@ def test_integer_inputs_and_frozen_layers() -> None:
 
 
 def test_layouts_survive_the_hops() -> None:
-    torch.manual_seed(3)
-    model = nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1, bias=False),
-        nn.BatchNorm2d(8),
-        nn.ReLU(inplace=True),
-        nn.Conv2d(8, 8, 3, padding=1),
-        nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)),
-    ).double()
-    model = model.to(memory_format=torch.channels_last)
-    data = [
-        (torch.randn(6, 3, 8, 8, dtype=torch.float64), torch.randint(0, 4, (6,))) for _ in range(7)
-    ]
+    model, data = convolutional(), images(7)
     for split in ([2, 3], [1, 4], [2, 4]):
         assert compare(copy.deepcopy(model), split, data, device=0, epochs=2, lr=0.05) < TOLERANCE
 
