@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -440,9 +441,10 @@ def test_a_folder_without_the_extension_says_so(tmp_path: Path) -> None:
     shutil.copytree(package, tmp_path / "fdg_cuda", ignore=shutil.ignore_patterns("*.so", "*.pyc"))
     for command in (["-c", "from fdg_cuda import FDGRunner"], ["-m", "fdg_cuda", "doctor"]):
         done = subprocess.run(
-            [sys.executable, *command],
+            # Without `site` no editable installation is found before the folder.
+            [sys.executable, "-S", *command],
             cwd=tmp_path,
-            env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
+            env={**os.environ, "PYTHONPATH": sysconfig.get_paths()["purelib"]},
             capture_output=True,
             text=True,
             timeout=100,
