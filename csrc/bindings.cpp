@@ -66,11 +66,14 @@ class PyScheduler {
   }
 
   static void close_all() {
+    const auto patience = std::chrono::steady_clock::now() + std::chrono::seconds(10);
     while (true) {
       const std::set<PyScheduler*> known = all();
       for (PyScheduler* scheduler : known)
         if (all().count(scheduler) > 0) scheduler->close();
-      if (at_exit().schedulers == 0 && at_exit().calls_without_gil == 0) break;
+      // A fit whose scheduler was closed ends soon; one that does not is not waited for for ever.
+      const bool fits_ended = at_exit().fits == 0 || std::chrono::steady_clock::now() > patience;
+      if (at_exit().schedulers == 0 && at_exit().calls_without_gil == 0 && fits_ended) break;
       py::gil_scoped_release no_gil;
       std::this_thread::sleep_for(std::chrono::milliseconds(1));
     }
@@ -214,6 +217,8 @@ PYBIND11_MODULE(_core, m) {
 
   py::module_::import("atexit").attr("register")(py::cpp_function(&PyScheduler::close_all));
 
+  m.def("fit_begins", [] { ++at_exit().fits; });
+  m.def("fit_ends", [] { --at_exit().fits; });
   m.def("keep_freed_memory", &fdg::cpu::keep_freed_memory);
   m.def("return_freed_memory", &fdg::cpu::return_freed_memory, py::call_guard<GilRelease>());
 

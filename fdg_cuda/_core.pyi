@@ -5,6 +5,12 @@ from typing import final
 
 backends: tuple[str, ...]
 
+def fit_begins() -> None:
+    """The end of the interpreter waits (ten seconds at most) until ``fit_ends`` was called too."""
+
+def fit_ends() -> None:
+    """See ``fit_begins``."""
+
 def keep_freed_memory() -> None:
     """Let the C allocator keep freed blocks, until ``return_freed_memory``."""
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fdg_cuda._core import fit_begins, fit_ends
 from fdg_cuda.batches import Batches, Loader
 from fdg_cuda.chain import (
     as_chain,
@@ -251,6 +252,7 @@ class FDGRunner:
         self._balance(batches)
         step_batch = lr_scheduler.step if lr_scheduler is not None and lr_step == "batch" else None
         self._fitting = self._running = True
+        fit_begins()
         try:
             with Interrupts() as interrupts, self._pipeline(interrupts) as pipeline:
                 for epoch in range(epochs):
@@ -274,6 +276,7 @@ class FDGRunner:
                     interrupts.hold()
         finally:
             self._fitting = self._running = False
+            fit_ends()
         return history
 
     @contextmanager

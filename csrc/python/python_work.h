@@ -23,6 +23,7 @@ struct AtExit {
   bool ended = false;
   int calls_without_gil = 0;
   std::atomic<int> schedulers{0};
+  int fits = 0;  // in any thread: what they call of torch gives up and takes the GIL too
 };
 AtExit& at_exit();
 
