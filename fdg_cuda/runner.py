@@ -6,6 +6,7 @@ import copy
 import itertools
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -251,8 +252,10 @@ class FDGRunner:
         batches = Batches(loader, epochs)
         self._balance(batches)
         step_batch = lr_scheduler.step if lr_scheduler is not None and lr_step == "batch" else None
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        if not in_main_thread:  # which the interpreter's end has to wait for
+            fit_begins()
         self._fitting = self._running = True
-        fit_begins()
         try:
             with Interrupts() as interrupts, self._pipeline(interrupts) as pipeline:
                 for epoch in range(epochs):
@@ -276,7 +279,8 @@ class FDGRunner:
                     interrupts.hold()
         finally:
             self._fitting = self._running = False
-            fit_ends()
+            if not in_main_thread:
+                fit_ends()
         return history
 
     @contextmanager
