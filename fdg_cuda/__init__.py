@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from fdg_cuda.callbacks import Callback, FitStart
     from fdg_cuda.errors import AliasedParameterError, NonFiniteLossError
     from fdg_cuda.metrics import BatchResult, EpochResult, Evaluation, History
     from fdg_cuda.runner import FDGRunner
@@ -19,9 +20,11 @@ __version__ = "0.1.0"
 __all__ = [
     "AliasedParameterError",
     "BatchResult",
+    "Callback",
     "EpochResult",
     "Evaluation",
     "FDGRunner",
+    "FitStart",
     "History",
     "NonFiniteLossError",
     "Timeline",
@@ -33,9 +36,11 @@ __all__ = [
 _MODULES = {
     "AliasedParameterError": "fdg_cuda.errors",
     "BatchResult": "fdg_cuda.metrics",
+    "Callback": "fdg_cuda.callbacks",
     "EpochResult": "fdg_cuda.metrics",
     "Evaluation": "fdg_cuda.metrics",
     "FDGRunner": "fdg_cuda.runner",
+    "FitStart": "fdg_cuda.callbacks",
     "History": "fdg_cuda.metrics",
     "NonFiniteLossError": "fdg_cuda.errors",
     "Timeline": "fdg_cuda.timeline",

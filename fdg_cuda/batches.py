@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from typing import Any
 
@@ -52,12 +52,16 @@ def check_batch(item: Any, number: int) -> Batch:
 class Batches:
     """A loader read once per epoch, with a look at its first batch that consumes nothing.
 
+    ``before_reading`` is called each time before the loader is asked for an iterator.
+
     Raises (on reading):
         TypeError: the loader cannot be iterated, or only once although more epochs are wanted.
         ValueError: an epoch without batches.
     """
 
-    def __init__(self, loader: Loader, epochs: int = 1) -> None:
+    def __init__(
+        self, loader: Loader, epochs: int = 1, before_reading: Callable[[], object] = lambda: None
+    ) -> None:
         if not isinstance(loader, Iterable):
             raise TypeError(
                 f"the loader must be iterable and yield pairs (input, target); got a "
@@ -65,6 +69,7 @@ class Batches:
             )
         self._loader = loader
         self._epochs = epochs
+        self._before_reading = before_reading
         self._epoch = 0
         self._begun: Iterator[Any] | None = None
 
@@ -81,16 +86,27 @@ class Batches:
         self._begun = chain([item], iterator)
         return check_batch(item, 0)
 
-    def epoch(self) -> Iterator[Batch]:
-        """The batches of the next epoch."""
-        self.first()
-        iterator, self._begun = self._begun, None
+    def epoch(self, skip: int = 0) -> Iterator[Batch]:
+        """The batches of the next epoch, without the first ``skip`` of them.
+
+        Raises:
+            ValueError: the loader has less than ``skip``.
+        """
+        if skip == 0:
+            self.first()
+        iterator, self._begun = self._begin(), None
         self._epoch += 1
-        assert iterator is not None
-        return (check_batch(item, number) for number, item in enumerate(iterator))
+        for number in range(skip):
+            if next(iterator, None) is None:
+                raise ValueError(
+                    f"the loader yields {number} batches, but {skip} of the epoch were trained when "
+                    f"the checkpoint was written; give the loader of that run"
+                )
+        return (check_batch(item, number) for number, item in enumerate(iterator, skip))
 
     def _begin(self) -> Iterator[Any]:
         if self._begun is None:
+            self._before_reading()
             self._begun = iter(self._loader)
             if self._begun is self._loader and self._epochs > 1:
                 raise TypeError(

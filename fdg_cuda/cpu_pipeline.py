@@ -14,7 +14,6 @@ from fdg_cuda._core import Scheduler, keep_freed_memory, return_freed_memory
 from fdg_cuda.batches import Batch
 from fdg_cuda.chain import check_loss
 from fdg_cuda.cpu_stage import CpuStage
-from fdg_cuda.errors import NonFiniteLossError
 from fdg_cuda.interrupts import Interrupts
 from fdg_cuda.layout import CpuLayout
 from fdg_cuda.metrics import count_correct
@@ -91,10 +90,10 @@ class CpuPipeline(Pipeline):
         """Runs on the last stage's stream."""
         target = self._targets.pop(batch)
         loss = self._loss_fn(output, target)
-        check_loss(loss, batch)
+        check_loss(loss, self._first_batch + batch)
         value = loss.item()
         if not math.isfinite(value):
-            raise NonFiniteLossError(value, batch, self._epoch)
+            raise self._non_finite(value, batch)
         self.results.append((value, len(target), count_correct(output.detach(), target)))
         return loss
 

@@ -13,7 +13,6 @@ from fdg_cuda._core import Scheduler
 from fdg_cuda.accelerator import accelerator
 from fdg_cuda.batches import Batch
 from fdg_cuda.cuda_stage import METRICS, CudaFit, CudaStage
-from fdg_cuda.errors import NonFiniteLossError
 from fdg_cuda.interrupts import Interrupts
 from fdg_cuda.layout import INBOX_HALVES, CudaLayout
 from fdg_cuda.mail import Form, Outbox
@@ -128,7 +127,7 @@ class CudaPipeline(Pipeline):
             row = batch % self._rows
             loss, correct = self._fit.results[row].tolist()
             if not math.isfinite(loss):
-                raise NonFiniteLossError(loss, batch, self._epoch)
+                raise self._non_finite(loss, batch)
             answers = None if math.isnan(correct) else round(correct)
             self.results.append((loss, int(self._samples[row]), answers))
 

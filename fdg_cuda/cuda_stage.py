@@ -154,9 +154,9 @@ class CudaStage(Stage):
         for name in ("inbox", "errors", "targets", "metrics"):
             self.__dict__.pop(name, None)
 
-    def begin_epoch(self, first_slot: int) -> None:
+    def begin_epoch(self, first_slot: int, first_batch: int) -> None:
         with said_out_of_memory(self.index, self.ordinal):
-            super().begin_epoch(first_slot)
+            super().begin_epoch(first_slot, first_batch)
         if self._graphs is not None:
             self._graphs.begin_epoch()
 
@@ -344,7 +344,7 @@ class CudaStage(Stage):
     def _loss(self, output: Tensor, batch: int) -> Tensor:
         """The loss of ``output``, which goes to :attr:`metrics` too."""
         assert self._target is not None
-        loss = check_loss(self.fit.loss_fn(output, self._target), batch)
+        loss = check_loss(self.fit.loss_fn(output, self._target), self._first_batch + batch)
         correct = correct_on_device(output.detach(), self._target)
         self.metrics.copy_(torch.stack([loss.detach().double().reshape(()), correct]))
         return loss

@@ -1,55 +1,60 @@
-"""One epoch of a ``fit``: the hyper-parameters move on, results are reported as they become known."""
+"""The epoch under way: its batches so far, averaged over samples. It may be trained in several
+segments, between which the pipeline is drained."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
+from typing import Any
 
-from fdg_cuda.batches import Batch
-from fdg_cuda.metrics import Average, BatchResult, EpochResult, History
-from fdg_cuda.optim import DelayedSGD
-from fdg_cuda.pipeline import Pipeline
+from fdg_cuda.metrics import Average, BatchResult, EpochResult
 
 
-def train_epoch(
-    pipeline: Pipeline,
-    batches: Iterator[Batch],
-    epoch: int,
-    optimizer: DelayedSGD,
-    history: History,
-    step_batch: Callable[[], object] | None,
-    on_batch: Callable[[BatchResult], object] | None,
-) -> EpochResult:
-    """Train one epoch on ``pipeline``; losses go to ``history``, batches to ``on_batch``.
+class RunningEpoch:
+    """What is known of ``number`` (0-based) so far.
 
-    ``optimizer`` is stepped for every batch that entered, and ``step_batch`` is called behind it.
+    Attributes:
+        batches: how many of its batches were trained and reported.
+        seconds: training time so far.
+        data_seconds: see :class:`~fdg_cuda.metrics.EpochResult`.
     """
-    begin = time.perf_counter()
-    average = Average()
-    reported = 0
 
-    def report(known: int) -> None:
-        nonlocal reported
-        while reported < known:
-            loss, samples, correct = pipeline.results[reported]
-            average.add(loss, samples, correct)
-            history.batch_losses.append(loss)
-            if on_batch is not None:
-                on_batch(BatchResult(reported, epoch, loss, samples, correct))
-            reported += 1
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.batches = 0
+        self.seconds = 0.0
+        self.data_seconds = 0.0
+        self._average = Average()
 
-    def entered() -> None:
-        optimizer.step()
-        if step_batch is not None:
-            step_batch()
+    def add(self, loss: float, samples: int, correct: int | None) -> BatchResult:
+        """Count one more batch."""
+        self._average.add(loss, samples, correct)
+        self.batches += 1
+        return BatchResult(self.batches - 1, self.number, loss, samples, correct)
 
-    pipeline.run_epoch(epoch, batches, entered=entered, known=report)
-    averages = average.result()
-    return EpochResult(
-        epoch=epoch,
-        loss=averages.loss,
-        accuracy=averages.accuracy,
-        samples=averages.samples,
-        batches=reported,
-        seconds=time.perf_counter() - begin,
-    )
+    def result(self) -> EpochResult:
+        """The averages of a finished epoch."""
+        averages = self._average.result()
+        return EpochResult(
+            epoch=self.number,
+            loss=averages.loss,
+            accuracy=averages.accuracy,
+            samples=averages.samples,
+            batches=self.batches,
+            seconds=self.seconds,
+            data_seconds=self.data_seconds,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain JSON values, exact to the bit."""
+        return {
+            "batches": self.batches,
+            "seconds": self.seconds,
+            "data_seconds": self.data_seconds,
+            "average": self._average.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` gave."""
+        self.batches = state["batches"]
+        self.seconds = state["seconds"]
+        self.data_seconds = state["data_seconds"]
+        self._average.load_state_dict(state["average"])

@@ -1,7 +1,8 @@
-"""Ctrl-C while threads and shared memory are at work: raised only where it can do no harm."""
+"""Signals while threads and shared memory are at work: they take effect only where it does no harm."""
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from types import FrameType, TracebackType
@@ -14,20 +15,25 @@ class Interrupts:
     One that comes at another moment is delivered at the next ``allow`` or on leaving. Only one is
     raised before leaving, so what cleans up after it runs to its end. In threads other than the
     main one, which no signal interrupts, all of this does nothing.
+
+    Args:
+        graceful: the first SIGINT or SIGTERM only fills :attr:`stop_signal`. The second SIGINT is
+            delivered as above; the second SIGTERM does what it would have done without this.
     """
 
-    def __init__(self) -> None:
-        self._previous: Any = None
+    def __init__(self, *, graceful: bool = False) -> None:
+        self._graceful = graceful
+        self._previous: dict[int, Any] = {}
         self._allowed = False
         self._delivered = False
         self._pending: tuple[int, FrameType | None] | None = None
+        self.stop_signal: str | None = None  # the name of the signal that asks to stop
 
     def __enter__(self) -> Interrupts:
         if threading.current_thread() is threading.main_thread():
-            previous = signal.getsignal(signal.SIGINT)
-            if callable(previous):
-                self._previous = previous
-                signal.signal(signal.SIGINT, self._handle)
+            self._take_over(signal.SIGINT)
+            if self._graceful:
+                self._take_over(signal.SIGTERM)
         return self
 
     def __exit__(
@@ -36,9 +42,9 @@ class Interrupts:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGINT, self._previous)
-            self._deliver_pending()
+        for number, previous in self._previous.items():
+            signal.signal(number, previous)
+        self._deliver_pending()
 
     def allow(self) -> None:
         """From here on a Ctrl-C may interrupt; one that waited does so now."""
@@ -50,7 +56,21 @@ class Interrupts:
         """From here on a Ctrl-C waits."""
         self._allowed = False
 
+    def _take_over(self, number: int) -> None:
+        previous = signal.getsignal(number)
+        # SIGTERM's default is no function of Python's; a signal that is ignored stays ignored.
+        if callable(previous) or (number == signal.SIGTERM and previous == signal.SIG_DFL):
+            self._previous[number] = previous
+            signal.signal(number, self._handle)
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._graceful and self.stop_signal is None:
+            self.stop_signal = signal.Signals(number).name
+            return
+        if number == signal.SIGTERM:
+            signal.signal(number, self._previous[number])
+            os.kill(os.getpid(), number)
+            return
         self._pending = (number, frame)
         if self._allowed and not self._delivered:
             self._deliver_pending()
@@ -59,7 +79,7 @@ class Interrupts:
         pending, self._pending = self._pending, None
         if pending is not None:
             try:
-                self._previous(*pending)
+                self._previous[signal.SIGINT](*pending)
             except BaseException:
                 self._delivered = True
                 raise

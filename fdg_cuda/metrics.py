@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +33,11 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class EpochResult:
-    """One trained epoch: averages over its samples as they were trained, and how long it took."""
+    """One trained epoch: averages over its samples as they were trained, and how long it took.
+
+    ``data_seconds`` is the part of ``seconds`` in which the loader was waited for and at the end of
+    which no stage had anything left to do: above a few percent, the loader holds training up.
+    """
 
     epoch: int
     loss: float
@@ -40,6 +45,7 @@ class EpochResult:
     samples: int
     batches: int
     seconds: float
+    data_seconds: float = 0.0
 
 
 @dataclass
@@ -65,6 +71,15 @@ class Average:
             self._correct = None
         else:
             self._correct += correct
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain JSON values, exact to the bit."""
+        return {"loss": self._loss, "correct": self._correct, "samples": self.samples}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` gave."""
+        self._loss, self._correct = state["loss"], state["correct"]
+        self.samples = state["samples"]
 
     def result(self) -> Evaluation:
         accuracy = None if self._correct is None else self._correct / self.samples

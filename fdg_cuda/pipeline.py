@@ -1,11 +1,14 @@
 """The running pipeline of one ``fit``: scheduler, program and stages at work.
 
+It trains *segments*: whole epochs, or parts of them between two points at which it is drained.
+
 What differs between kinds of devices is in the subclasses: :mod:`fdg_cuda.cpu_pipeline` and
 :mod:`fdg_cuda.cuda_pipeline`.
 """
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count
@@ -66,9 +69,11 @@ class Pipeline(ABC):
         self._rows = schedule.latency + MAX_TICKS_IN_FLIGHT + 1
         self._hyper = np.zeros((self._rows, 4 + schedule.stages))
         self._epoch = 0
+        self._first_batch = 0  # of the segment, within the epoch
         self._entered = 0
-        # (loss, samples, correct) of this epoch's batches, in order
+        # (loss, samples, correct) of this segment's batches, in order
         self.results: list[tuple[float, int, int | None]] = []
+        self.data_seconds = 0.0  # waited for the loader in this segment, with nothing left to do
 
     # -- for the subclasses ---------------------------------------------------------------------
 
@@ -88,26 +93,28 @@ class Pipeline(ABC):
         for stage in self._all_stages:
             stage.end_fit()
 
-    def run_epoch(
+    def run_segment(
         self,
-        number: int,
+        epoch: int,
+        first_batch: int,
         batches: Iterator[Batch],
         *,
         entered: Callable[[], object],
         known: Callable[[int], object],
     ) -> None:
-        """Train one epoch.
+        """Train ``batches``, which are those of ``epoch`` from ``first_batch`` on, and drain.
 
         ``entered`` is called after each batch entered and before the next one is read; ``known``
         after every tick that was enqueued, and when all are done, with the number of batches whose
         results are there whatever the timing. However this ends, nothing is
         running afterwards and the caller's parameters hold the newest weights.
         """
-        self._epoch = number
+        self._epoch, self._first_batch = epoch, first_batch
         self._entered = 0
+        self.data_seconds = 0.0
         self.results.clear()
         for stage in self._all_stages:
-            stage.begin_epoch(self._schedule.first_slot(stage.index))
+            stage.begin_epoch(self._schedule.first_slot(stage.index), first_batch)
         snapshots = [stage.snapshot() for stage in self._all_stages]
         self._settle()
         drained = False
@@ -150,7 +157,7 @@ class Pipeline(ABC):
         total: int | None = None
         for tick in count():
             if total is None:
-                batch = next(batches, None)
+                batch = self._read(batches)
                 if batch is None:
                     total = tick
                 else:
@@ -171,9 +178,22 @@ class Pipeline(ABC):
         for stage in self._all_stages:
             if not stage.memory.newest_weights.isfinite().all():
                 last = len(self.results) - 1
-                raise NonFiniteLossError(
-                    self.results[last][0], last, self._epoch, f"weights of stage {stage.index}"
+                raise self._non_finite(
+                    self.results[last][0], last, f"weights of stage {stage.index}"
                 )
+
+    def _non_finite(
+        self, loss: float, batch: int, weights: str | None = None
+    ) -> NonFiniteLossError:
+        """The error to raise for ``batch`` of this segment."""
+        return NonFiniteLossError(loss, self._first_batch + batch, self._epoch, weights)
+
+    def _read(self, batches: Iterator[Batch]) -> Batch | None:
+        began = time.perf_counter()
+        batch = next(batches, None)
+        if self._entered and self._scheduler.ticks_in_flight == 0:
+            self.data_seconds += time.perf_counter() - began
+        return batch
 
     def _enter(self, number: int, batch: Batch) -> None:
         row = self._optimizer.hyper_row(self._shrinks)

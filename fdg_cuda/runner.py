@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fdg_cuda._core import fit_begins, fit_ends
 from fdg_cuda.batches import Batches, Loader
+from fdg_cuda.callbacks import Callback, FunctionCallback, check_callbacks
 from fdg_cuda.chain import (
     as_chain,
     check_parameters,
@@ -23,7 +24,7 @@ from fdg_cuda.chain import (
     check_unchanged,
 )
 from fdg_cuda.devices import Device, parse_devices
-from fdg_cuda.epoch import train_epoch
+from fdg_cuda.fitting import Fit
 from fdg_cuda.inference import evaluate, predict
 from fdg_cuda.interrupts import Interrupts
 from fdg_cuda.machines import check_options, make_machine
@@ -134,8 +135,7 @@ class FDGRunner:
         self._split: list[int] | None = None
         self._stages: list[Stage] = []
         self._history: History | None = None
-        self._fitting = False
-        self._running = False  # fitting, and not drained
+        self._fit: Fit | None = None  # while one is running
         self._recorder: Recorder | None = None  # inside a `with runner.trace()`
         if split is not None:
             self._cut(check_split(split, len(self._layers), len(self._devices)))
@@ -198,6 +198,7 @@ class FDGRunner:
         lr_step: str = "epoch",
         on_batch: Callable[[BatchResult], object] | None = None,
         on_epoch: Callable[[EpochResult], object] | None = None,
+        callbacks: Sequence[Callback] = (),
     ) -> History:
         """Train for ``epochs`` epochs. The pipeline drains at the end of each, so that every stage
         has made one update per batch and the model's own parameters hold the finished weights.
@@ -216,6 +217,7 @@ class FDGRunner:
                 just as many, so that what it changes (a learning rate) does not depend on timing.
             on_epoch: called after each epoch, with nothing running: ``evaluate``, ``predict`` and
                 ``state_dict`` may be used in it.
+            callbacks: told of these and other moments, see :class:`~fdg_cuda.Callback`.
 
         Returns:
             Losses per batch, and averages per epoch.
@@ -243,6 +245,7 @@ class FDGRunner:
             )
         self._check_model()
         check_scheduler(lr_scheduler, self.optimizer)
+        listeners = [FunctionCallback(on_batch, on_epoch), *check_callbacks(callbacks)]
         self._history = history = History()
         if epochs == 0:
             return history
@@ -251,37 +254,34 @@ class FDGRunner:
             self._model.train()
         batches = Batches(loader, epochs)
         self._balance(batches)
-        step_batch = lr_scheduler.step if lr_scheduler is not None and lr_step == "batch" else None
+        fit = Fit(
+            self._pipeline,
+            batches,
+            epochs,
+            optimizer=self.optimizer,
+            history=history,
+            callbacks=listeners,
+            lr_scheduler=lr_scheduler,
+            lr_step=lr_step,
+        )
         in_main_thread = threading.current_thread() is threading.main_thread()
         if not in_main_thread:  # which the interpreter's end has to wait for
             fit_begins()
-        self._fitting = self._running = True
+        self._fit = fit
         try:
-            with Interrupts() as interrupts, self._pipeline(interrupts) as pipeline:
-                for epoch in range(epochs):
-                    self._running = True
-                    result = train_epoch(
-                        pipeline,
-                        batches.epoch(),
-                        epoch,
-                        self.optimizer,
-                        history,
-                        step_batch,
-                        on_batch,
-                    )
-                    self._running = False
-                    history.epochs.append(result)
-                    interrupts.allow()
-                    if lr_scheduler is not None and lr_step == "epoch":
-                        lr_scheduler.step()
-                    if on_epoch is not None:
-                        on_epoch(result)
-                    interrupts.hold()
+            fit.run()
         finally:
-            self._fitting = self._running = False
+            self._fit = None
             if not in_main_thread:
                 fit_ends()
         return history
+
+    def stop(self) -> None:
+        """End a running ``fit`` early: no more batches enter, those under way are trained, and ``fit``
+        returns. From a callback, or from any thread; without a running ``fit`` nothing happens."""
+        fit = self._fit
+        if fit is not None:
+            fit.stop()
 
     @contextmanager
     def _pipeline(self, interrupts: Interrupts) -> Iterator[Pipeline]:
@@ -319,10 +319,8 @@ class FDGRunner:
 
     @contextmanager
     def _trace(self, recorder: Recorder) -> Iterator[Timeline]:
-        if self._recorder is not None or self._fitting:
-            where = (
-                "while fit is running" if self._fitting else "inside another trace of this runner"
-            )
+        if self._recorder is not None or self._fit is not None:
+            where = "while fit is running" if self._fit else "inside another trace of this runner"
             raise RuntimeError(f"trace was entered {where}; use one trace at a time, around fit")
         self._recorder = recorder
         try:
@@ -377,7 +375,7 @@ class FDGRunner:
         return self._machine.forward(self._model, x)
 
     def _refuse_while_running(self, what: str) -> None:
-        if self._running or (self._fitting and what == "fit"):
+        if self._fit is not None and (self._fit.running or what == "fit"):
             raise RuntimeError(
                 f"{what} was called while fit is running; use it in on_epoch, when the pipeline is "
                 f"drained, or after fit"

@@ -113,6 +113,7 @@ class Stage(ABC):
         self._momentum = WeakTensorKeyDictionary()
         self._input_changed_in_place: bool | None = None
         self._leaves_checked = False
+        self._first_batch = 0
         self.loss: LossOfBatch | None = None  # of the last stage, set by the pipeline
 
     # -- on the caller's thread, with nothing running ------------------------------------------
@@ -133,8 +134,9 @@ class Stage(ABC):
         """Let go of what only a running ``fit`` needs."""
         self.loss = None
 
-    def begin_epoch(self, first_slot: int) -> None:
-        """Take the caller's weights into the slot that is forwarded first.
+    def begin_epoch(self, first_slot: int, first_batch: int) -> None:
+        """Take the caller's weights into the slot that is forwarded first. The actions' batches
+        count from ``first_batch`` of the epoch, which matters to error messages only.
 
         Raises:
             RuntimeError: parameters were frozen, thawed or replaced since ``fit`` began.
@@ -149,6 +151,7 @@ class Stage(ABC):
         for parameter in self.memory.parameters:
             parameter.grad = None
         self._leaves_checked = False
+        self._first_batch = first_batch
 
     def end_epoch(self) -> None:
         """Give the newest weights to the caller's parameters and let go of all batches."""
@@ -233,12 +236,12 @@ class Stage(ABC):
 
     def _compute(self, leaf: Tensor, batch: int) -> tuple[Tensor, Tensor]:
         """What a backward starts from (at the last stage the loss), and the stage's output."""
-        with said_where(f"the forward of batch {batch} at stage {self.index}"):
+        with said_where(f"the forward of {self._named(batch)}"):
             output = self._run_layers(leaf, batch)
         if not self.is_last:
             return output, output.detach()
         assert self.loss is not None
-        with said_where(f"the loss of batch {batch}"):
+        with said_where(f"the loss of batch {self._first_batch + batch}"):
             return self.loss(output, batch), output.detach()
 
     def _run_layers(self, leaf: Tensor, batch: int) -> Tensor:
@@ -255,8 +258,8 @@ class Stage(ABC):
             self._input_changed_in_place = probe._version != version
         elif not self._input_changed_in_place and probe._version != version:
             raise RuntimeError(
-                f"stage {self.index} changed its input in place at batch {batch} but not at the "
-                f"first batch; make its first layer work out of place (inplace=False)"
+                f"stage {self.index} changed its input in place at batch {self._first_batch + batch} "
+                f"but not at the first batch; make its first layer work out of place (inplace=False)"
             )
         return check_output(value, f"stage {self.index}")
 
@@ -272,11 +275,17 @@ class Stage(ABC):
         if self.is_last or error is not None:
             assert root is not None
             if root.requires_grad:
-                with said_where(f"the backward of batch {batch} at stage {self.index}"):
+                with said_where(
+                    f"the backward of batch {self._first_batch + batch} at stage {self.index}"
+                ):
                     torch.autograd.backward([root], [error])
         self.memory.collect_gradients(copy, row)
         if not self.is_first:
             self._pass_down(batch, leaf)
+
+    def _named(self, batch: int) -> str:
+        """``batch`` of the segment, for people."""
+        return f"batch {self._first_batch + batch} at stage {self.index}"
 
     def _check_leaves(self, root: Tensor, leaf: Tensor, copy: int) -> None:
         """Refuse what would get a gradient and never be trained."""

@@ -1,0 +1,100 @@
+"""What can be hooked into a ``fit``: one small protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fdg_cuda.metrics import BatchResult, EpochResult, History
+
+
+@dataclass(frozen=True)
+class FitStart:
+    """Where a ``fit`` begins.
+
+    Attributes:
+        epochs: how many there will have been at its end.
+        epoch: 0-based, the first that is trained.
+        batch: 0-based within that epoch, the first that is trained; above 0 only where an epoch
+            goes on from a checkpoint.
+    """
+
+    epochs: int
+    epoch: int = 0
+    batch: int = 0
+
+
+class Callback:
+    """Override the moments you want; give instances to ``fit(callbacks=[...])``.
+
+    All are called on the thread that called ``fit``, in the order of the list. Nothing runs during
+    any but :meth:`on_batch_end`: there ``evaluate``, ``predict`` and ``state_dict`` may be used.
+    What one raises ends the ``fit``.
+    """
+
+    def on_fit_start(self, start: FitStart) -> None:
+        """Before the first batch is read."""
+
+    def on_epoch_start(self, epoch: int) -> None:
+        """Before the first batch of ``epoch`` (0-based) is trained."""
+
+    def on_batch_end(self, result: BatchResult) -> None:
+        """For each batch, in order, a few ticks after its loss is known: always just as many, so
+        that what is changed here (a learning rate) does not depend on timing."""
+
+    def on_epoch_end(self, result: EpochResult) -> None:
+        """Every stage has made its updates, and the model holds the finished weights."""
+
+    def on_checkpoint(self, path: Path) -> None:
+        """A checkpoint was written."""
+
+    def on_exception(self, error: BaseException) -> None:
+        """Training ends by ``error`` (Ctrl-C too), which goes on to the caller of ``fit``."""
+
+    def on_fit_end(self, history: History) -> None:
+        """Training has ended as it should, or was stopped by ``runner.stop()``."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps of this callback: plain JSON values."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what :meth:`state_dict` gave when the checkpoint was written."""
+
+
+class FunctionCallback(Callback):
+    """The ``on_batch`` and ``on_epoch`` of ``fit``."""
+
+    def __init__(
+        self,
+        on_batch: Callable[[BatchResult], object] | None,
+        on_epoch: Callable[[EpochResult], object] | None,
+    ) -> None:
+        self._on_batch = on_batch
+        self._on_epoch = on_epoch
+
+    def on_batch_end(self, result: BatchResult) -> None:
+        if self._on_batch is not None:
+            self._on_batch(result)
+
+    def on_epoch_end(self, result: EpochResult) -> None:
+        if self._on_epoch is not None:
+            self._on_epoch(result)
+
+
+def check_callbacks(callbacks: Sequence[Callback]) -> list[Callback]:
+    """``callbacks`` as a list.
+
+    Raises:
+        TypeError: one is no :class:`Callback`.
+    """
+    for callback in callbacks:
+        if not isinstance(callback, Callback):
+            kind = callback.__name__ if isinstance(callback, type) else type(callback).__name__
+            raise TypeError(
+                f"callbacks must be instances of subclasses of fdg_cuda.Callback; got {kind}. Plain "
+                f"functions can be given as on_batch= and on_epoch="
+            )
+    return list(callbacks)
