@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fdg_cuda.errors import AliasedParameterError, NonFiniteLossError
+    from fdg_cuda.errors import AliasedParameterError, CheckpointError, NonFiniteLossError
     from fdg_cuda.metrics import BatchResult, EpochResult, Evaluation, History
     from fdg_cuda.runner import FDGRunner
     from fdg_cuda.timeline import Timeline
@@ -19,6 +19,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AliasedParameterError",
     "BatchResult",
+    "CheckpointError",
     "EpochResult",
     "Evaluation",
     "FDGRunner",
@@ -33,6 +34,7 @@ __all__ = [
 _MODULES = {
     "AliasedParameterError": "fdg_cuda.errors",
     "BatchResult": "fdg_cuda.metrics",
+    "CheckpointError": "fdg_cuda.errors",
     "EpochResult": "fdg_cuda.metrics",
     "Evaluation": "fdg_cuda.metrics",
     "FDGRunner": "fdg_cuda.runner",
