@@ -31,8 +31,8 @@ from benchmarks.device_clock import Deadline
 from benchmarks.harness import write
 from fdg_cuda import FDGRunner, data, models
 from fdg_cuda.errors import NonFiniteLossError
+from fdg_cuda.files import replacing
 from fdg_cuda.metrics import EpochResult
-from fdg_cuda.report import replacing
 from fdg_cuda.settings import Settings
 from fdg_cuda.train import lr_factor
 

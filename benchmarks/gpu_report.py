@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.harness import environment, write
-from fdg_cuda.report import replacing
+from fdg_cuda.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

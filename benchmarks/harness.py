@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 import fdg_cuda
-from fdg_cuda.report import replacing
+from fdg_cuda.files import replacing
 
 RESULTS = Path(__file__).parent / "results"
 

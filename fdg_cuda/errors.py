@@ -84,3 +84,7 @@ def said_out_of_memory(stage: int, device: int) -> Iterator[None]:
 
 class CaptureError(RuntimeError):
     """A stage cannot be captured as a CUDA graph."""
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be gone on from, or a folder cannot take one. The message names the path."""

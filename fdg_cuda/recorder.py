@@ -12,7 +12,8 @@ from types import TracebackType
 
 from fdg_cuda._core import Scheduler
 from fdg_cuda._core import Span as NativeSpan
-from fdg_cuda.report import replacing
+from fdg_cuda.checks import whole
+from fdg_cuda.files import replacing
 from fdg_cuda.schedule import Schedule
 from fdg_cuda.timeline import Epoch, Lane, Span, Timeline
 
@@ -44,9 +45,11 @@ class Recorder:
     ) -> None:
         self._path = None if path is None else _json_path(path)
         self._begin = (
-            schedule.latency + SKIPPED_BEYOND_FILL if skip is None else _whole("skip", skip, 0)
+            schedule.latency + SKIPPED_BEYOND_FILL
+            if skip is None
+            else whole("skip", skip, 0, "ticks")
         )
-        self._end = self._begin + _whole("ticks", ticks, 1)
+        self._end = self._begin + whole("ticks", ticks, 1, "ticks")
         self._ticks = 0  # seen so far
         self._ticks_before = 0  # in epochs before this one
         self._epochs = 0
@@ -160,11 +163,3 @@ def _json_path(path: str | os.PathLike[str]) -> Path:
     if result.is_dir():
         raise ValueError(f"path {str(path)!r} is a folder; give the name of a file in it")
     return result
-
-
-def _whole(name: str, value: int, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be a whole number of ticks, {least} or more; got {value!r}")
-    if value < least:
-        raise ValueError(f"{name} must be {least} or more ticks; got {value}")
-    return value

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from fdg_cuda.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,20 +52,6 @@ def best_epoch(rows: Sequence[EpochRow]) -> EpochRow | None:
 def percent(share: float | None) -> str:
     """``share`` in [0, 1] as text, such as ``97.5 %``."""
     return "-" if share is None else f"{100 * share:.1f} %"
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file beside ``path`` that takes its place in one step if the block succeeds.
-
-    So a reader, or a run that is stopped, never meets half a file.
-    """
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_metrics(path: Path, rows: Sequence[EpochRow]) -> None:

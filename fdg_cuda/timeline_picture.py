@@ -12,8 +12,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from fdg_cuda.files import replacing
 from fdg_cuda.layout import Transfer
-from fdg_cuda.report import replacing
 from fdg_cuda.schedule import Kind
 from fdg_cuda.timeline import NAMES, Span, Timeline
 

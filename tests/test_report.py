@@ -12,6 +12,7 @@ import torch
 from matplotlib.image import imread
 from rich.console import Console
 
+from fdg_cuda.files import replacing
 from fdg_cuda.metrics import BatchResult
 from fdg_cuda.progress import LiveProgress, PlainProgress, make_progress
 from fdg_cuda.report import (
@@ -19,7 +20,6 @@ from fdg_cuda.report import (
     best_epoch,
     draw_curves,
     percent,
-    replacing,
     summary_table,
     write_metrics,
     write_settings,
