@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from fdg_cuda.callbacks import Callback, FitStart
-    from fdg_cuda.errors import AliasedParameterError, NonFiniteLossError
+    from fdg_cuda.checkpoints import Checkpoints
+    from fdg_cuda.errors import (
+        AliasedParameterError,
+        CheckpointError,
+        NonFiniteLossError,
+        TrainingStopped,
+    )
     from fdg_cuda.metrics import BatchResult, EpochResult, Evaluation, History
     from fdg_cuda.runner import FDGRunner
     from fdg_cuda.timeline import Timeline
@@ -21,6 +27,8 @@ __all__ = [
     "AliasedParameterError",
     "BatchResult",
     "Callback",
+    "CheckpointError",
+    "Checkpoints",
     "EpochResult",
     "Evaluation",
     "FDGRunner",
@@ -28,6 +36,7 @@ __all__ = [
     "History",
     "NonFiniteLossError",
     "Timeline",
+    "TrainingStopped",
     "__version__",
 ]
 
@@ -37,6 +46,8 @@ _MODULES = {
     "AliasedParameterError": "fdg_cuda.errors",
     "BatchResult": "fdg_cuda.metrics",
     "Callback": "fdg_cuda.callbacks",
+    "CheckpointError": "fdg_cuda.errors",
+    "Checkpoints": "fdg_cuda.checkpoints",
     "EpochResult": "fdg_cuda.metrics",
     "Evaluation": "fdg_cuda.metrics",
     "FDGRunner": "fdg_cuda.runner",
@@ -44,6 +55,7 @@ _MODULES = {
     "History": "fdg_cuda.metrics",
     "NonFiniteLossError": "fdg_cuda.errors",
     "Timeline": "fdg_cuda.timeline",
+    "TrainingStopped": "fdg_cuda.errors",
 }
 
 if not TYPE_CHECKING:  # type checkers see the imports above, and no others

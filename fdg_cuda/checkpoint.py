@@ -35,8 +35,8 @@ logger = logging.getLogger("fdg_cuda")
 class CheckpointFolder:
     """The checkpoints of one run, in one folder: the last few and the best.
 
-    Only whole checkpoints of this run are ever removed. A damaged or foreign file of such a name
-    is left for its owner to look at, and does not count as one of those kept.
+    But for :meth:`clear`, only whole checkpoints of this run are ever removed. A damaged or foreign
+    file of such a name is left for its owner to look at, and does not count as one of those kept.
 
     Args:
         folder: made by the first :meth:`save`, with its parents.
@@ -149,6 +149,15 @@ class CheckpointFolder:
             raise
         self._damaged.discard(Path(path))
         return checkpoint
+
+    def clear(self) -> None:
+        """Remove every file with the name of a checkpoint, damaged and foreign ones too.
+
+        Raises:
+            OSError: one cannot be removed.
+        """
+        for path in self._files_behind(-1):
+            path.unlink(missing_ok=True)
 
     def _remove_old(self) -> None:
         good = self._good()

@@ -131,6 +131,14 @@ class BatchLoader:
         self.epoch += 1
         return self._batches(self.epoch - 1)
 
+    def state_dict(self) -> dict[str, int]:
+        """What a checkpoint keeps: which epoch comes next."""
+        return {"epoch": self.epoch}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on from what :meth:`state_dict` gave."""
+        self.epoch = state["epoch"]
+
     def _batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         # A plain seed + epoch would give seed 1 the epochs of seed 0, one late.
         mixed = np.random.SeedSequence((self.seed, epoch)).generate_state(1, np.uint64)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
@@ -41,6 +42,24 @@ def said_where(where: str) -> Iterator[None]:
         if hasattr(error, "add_note"):
             error.add_note(f"(in {where})")
         raise
+
+
+class TrainingStopped(KeyboardInterrupt):
+    """A signal asked training to stop, and it did at a point from which it can go on.
+
+    Attributes:
+        signal: ``"SIGINT"`` or ``"SIGTERM"``.
+        epoch, batch: 0-based, where training goes on.
+        checkpoint: the newest that was written; None if none could be.
+    """
+
+    def __init__(self, signal: str, epoch: int, batch: int, checkpoint: Path | None) -> None:
+        self.signal = signal
+        self.epoch = epoch
+        self.batch = batch
+        self.checkpoint = checkpoint
+        kept = f"{checkpoint} is the checkpoint" if checkpoint else "no checkpoint was written"
+        super().__init__(f"{signal}: stopped before batch {batch} of epoch {epoch}; {kept}")
 
 
 class AliasedParameterError(RuntimeError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -9,11 +10,17 @@ from typing import Any
 
 from fdg_cuda.batches import Batch, Batches
 from fdg_cuda.callbacks import Callback, FitStart
+from fdg_cuda.checkpoint_file import Checkpoint
+from fdg_cuda.checkpoints import Saver
 from fdg_cuda.epoch import RunningEpoch
+from fdg_cuda.errors import TrainingStopped
 from fdg_cuda.interrupts import Interrupts
-from fdg_cuda.metrics import History
+from fdg_cuda.metrics import EpochResult, History
 from fdg_cuda.optim import DelayedSGD
 from fdg_cuda.pipeline import Pipeline
+from fdg_cuda.training_state import TrainingState
+
+logger = logging.getLogger("fdg_cuda")
 
 MakePipeline = Callable[[Interrupts], AbstractContextManager[Pipeline]]
 
@@ -29,6 +36,9 @@ class Fit:
         history: filled.
         callbacks: told of everything.
         lr_scheduler: stepped after every batch that entered, or every epoch, as ``lr_step`` says.
+        state: of this fit, where it is kept.
+        saver: writes checkpoints; with one, signals stop the fit at a drained point.
+        goes_on_from: the checkpoint to go on from.
     """
 
     def __init__(
@@ -42,6 +52,9 @@ class Fit:
         callbacks: Sequence[Callback],
         lr_scheduler: Any = None,
         lr_step: str = "epoch",
+        state: TrainingState | None = None,
+        saver: Saver | None = None,
+        goes_on_from: Checkpoint | None = None,
     ) -> None:
         self._make_pipeline = make_pipeline
         self._batches = batches
@@ -51,10 +64,15 @@ class Fit:
         self._callbacks = callbacks
         self._step_batch = lr_scheduler.step if lr_scheduler and lr_step == "batch" else None
         self._step_epoch = lr_scheduler.step if lr_scheduler and lr_step == "epoch" else None
+        self._state = state
+        self._saver = saver
+        self._goes_on_from = goes_on_from
         self._epoch = RunningEpoch(0)
-        self._segment_batches: int | None = None  # batches between two drains; None: whole epochs
+        # Batches between two drains; None: whole epochs.
+        self._segment_batches = None if saver is None else saver.every
         self._epoch_ended = False
         self._stop = False
+        self._interrupts = Interrupts(graceful=saver is not None)
         self.running = False  # not drained
 
     def stop(self) -> None:
@@ -62,13 +80,23 @@ class Fit:
         self._stop = True
 
     def run(self) -> None:
-        """Train."""
+        """Train.
+
+        Raises:
+            TrainingStopped: by a signal, while checkpoints are written.
+            Exception: whatever anything in it raised.
+        """
         try:
-            with Interrupts() as interrupts, self._make_pipeline(interrupts) as pipeline:
-                self._tell(interrupts, "on_fit_start", self._start())
-                while self._epoch.number < self._epochs and not self._stop:
-                    self._train_epoch(pipeline, interrupts)
-                self._tell(interrupts, "on_fit_end", self._history)
+            with self._interrupts as interrupts, self._make_pipeline(interrupts) as pipeline:
+                if self._saver is not None and self._goes_on_from is not None:
+                    self._epoch = self._saver.apply(self._goes_on_from)
+                    self._goes_on_from = None
+                self._tell("on_fit_start", self._start())
+                while self._epoch.number < self._epochs and not self._stopping():
+                    self._train_epoch(pipeline)
+                if interrupts.stop_signal is not None:
+                    raise self._stopped(interrupts.stop_signal)
+                self._tell("on_fit_end", self._history)
         except BaseException as error:
             for callback in self._callbacks:
                 callback.on_exception(error)
@@ -77,22 +105,41 @@ class Fit:
     def _start(self) -> FitStart:
         return FitStart(self._epochs, self._epoch.number, self._epoch.batches)
 
-    def _train_epoch(self, pipeline: Pipeline, interrupts: Interrupts) -> None:
+    def _stopping(self) -> bool:
+        if self._interrupts.stop_signal is not None and not self._stop:
+            logger.warning(
+                "%s: what is under way is finished and a checkpoint written; once more stops at once",
+                self._interrupts.stop_signal,
+            )
+            self._stop = True
+        return self._stop
+
+    def _stopped(self, signal: str) -> TrainingStopped:
+        newest = None if self._saver is None else self._saver.newest
+        return TrainingStopped(signal, self._epoch.number, self._epoch.batches, newest)
+
+    def _train_epoch(self, pipeline: Pipeline) -> None:
         epoch = self._epoch
         if epoch.batches == 0:
-            self._tell(interrupts, "on_epoch_start", epoch.number)
+            self._tell("on_epoch_start", epoch.number)
         batches = self._batches.epoch(epoch.batches)
+        if self._state is not None:
+            self._state.after_passing_over()
         self._epoch_ended = False
-        while not (self._epoch_ended or self._stop):
+        while True:
             self._train_segment(pipeline, batches)
-        if not self._epoch_ended:
-            return
+            if self._epoch_ended:
+                break
+            self._save(epoch)
+            if self._stopping():
+                return
         result = epoch.result()
         self._history.epochs.append(result)
         if self._step_epoch is not None:
             self._step_epoch()
         self._epoch = RunningEpoch(epoch.number + 1)
-        self._tell(interrupts, "on_epoch_end", result)
+        self._tell("on_epoch_end", result)
+        self._save(self._epoch, result)
 
     def _train_segment(self, pipeline: Pipeline, batches: Iterator[Batch]) -> None:
         epoch = self._epoch
@@ -129,7 +176,7 @@ class Fit:
         every = self._segment_batches
         last = None if every is None else (first // every + 1) * every
         number = first
-        while number != last and not self._stop:
+        while number != last and not self._stopping():
             batch = next(batches, None)
             if batch is None:
                 self._epoch_ended = True
@@ -137,8 +184,13 @@ class Fit:
             yield batch
             number += 1
 
-    def _tell(self, interrupts: Interrupts, moment: str, *arguments: object) -> None:
-        interrupts.allow()
+    def _tell(self, moment: str, *arguments: object) -> None:
+        self._interrupts.allow()
         for callback in self._callbacks:
             getattr(callback, moment)(*arguments)
-        interrupts.hold()
+        self._interrupts.hold()
+
+    def _save(self, epoch: RunningEpoch, result: EpochResult | None = None) -> None:
+        path = None if self._saver is None else self._saver.save(epoch, result)
+        if path is not None:
+            self._tell("on_checkpoint", path)

@@ -93,14 +93,18 @@ class FlatMemory:
             for new, old, leaf in zip(parameters, self.parameters, self.leaves[0], strict=True)
         )
 
+    def momentum_of_parameters(self) -> list[tuple[nn.Parameter, Tensor]]:
+        """Every parameter with its momentum, which is a view."""
+        return list(zip(self.parameters, self._views(self.momentum), strict=True))
+
     def remember_momentum(self, memory: WeakTensorKeyDictionary) -> None:
         """Put every parameter's momentum into ``memory``, for another layout to come."""
-        for parameter, view in zip(self.parameters, self._views(self.momentum), strict=True):
+        for parameter, view in self.momentum_of_parameters():
             memory[parameter] = view
 
     def recall_momentum(self, memory: WeakTensorKeyDictionary) -> None:
         """Take the momentum of those parameters that ``memory`` knows."""
-        for parameter, view in zip(self.parameters, self._views(self.momentum), strict=True):
+        for parameter, view in self.momentum_of_parameters():
             known = memory.get(parameter, None)  # type: ignore[no-untyped-call]
             if known is not None and known.shape == view.shape:
                 view.copy_(known)

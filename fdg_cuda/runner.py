@@ -23,6 +23,8 @@ from fdg_cuda.chain import (
     check_shared,
     check_unchanged,
 )
+from fdg_cuda.checkpoint_file import Checkpoint
+from fdg_cuda.checkpoints import Checkpoints, Saver, as_checkpoints
 from fdg_cuda.devices import Device, parse_devices
 from fdg_cuda.fitting import Fit
 from fdg_cuda.inference import evaluate, predict
@@ -42,6 +44,7 @@ from fdg_cuda.schedule import Schedule
 from fdg_cuda.split import balance, check_split
 from fdg_cuda.stage import Stage
 from fdg_cuda.timeline import Timeline
+from fdg_cuda.training_state import Parts, TrainingState
 
 logger = logging.getLogger("fdg_cuda")
 
@@ -123,6 +126,7 @@ class FDGRunner:
             cpu_threads=cpu_threads,
             graphs=graphs,
         )
+        self._backward_weights = backward_weights
         self._loss_fn = loss_fn if loss_fn is not None else cross_entropy
         self.optimizer = DelayedSGD(
             [p for p in self._model.parameters() if p.requires_grad],
@@ -199,6 +203,7 @@ class FDGRunner:
         on_batch: Callable[[BatchResult], object] | None = None,
         on_epoch: Callable[[EpochResult], object] | None = None,
         callbacks: Sequence[Callback] = (),
+        checkpoints: Checkpoints | str | os.PathLike[str] | None = None,
     ) -> History:
         """Train for ``epochs`` epochs. The pipeline drains at the end of each, so that every stage
         has made one update per batch and the model's own parameters hold the finished weights.
@@ -218,6 +223,9 @@ class FDGRunner:
             on_epoch: called after each epoch, with nothing running: ``evaluate``, ``predict`` and
                 ``state_dict`` may be used in it.
             callbacks: told of these and other moments, see :class:`~fdg_cuda.Callback`.
+            checkpoints: where to keep what training can go on from, see
+                :class:`~fdg_cuda.Checkpoints`; a folder stands for ``Checkpoints(folder)``. None
+                writes none.
 
         Returns:
             Losses per batch, and averages per epoch.
@@ -228,6 +236,9 @@ class FDGRunner:
             TypeError, ValueError: a scheduler that cannot be stepped here.
             KeyboardInterrupt: on Ctrl-C, within two ticks; every stage holds its newest weights,
                 and stages may differ by the updates that were under way.
+            TrainingStopped: with ``checkpoints``, on Ctrl-C or SIGTERM, after a checkpoint was
+                written; a second Ctrl-C is a KeyboardInterrupt, a second SIGTERM ends the process.
+            CheckpointError: ``checkpoints`` holds what cannot be gone on from, or written over.
             Exception: whatever the model, the loss or the loader raised. No thread is left, and
                 ``fit`` can be called again.
         """
@@ -252,7 +263,14 @@ class FDGRunner:
         if not any(module.training for module in self._layers):
             logger.info("the model was in evaluation mode; fit() puts it in training mode")
             self._model.train()
-        batches = Batches(loader, epochs)
+        state = saver = goes_on_from = None
+        if checkpoints is not None:
+            state = self._state(loader, lr_scheduler, listeners, history)
+            saver = Saver(as_checkpoints(checkpoints), state, epochs)
+            goes_on_from = saver.begin()
+            if goes_on_from is not None and not self._stages:
+                self._cut_as_in(goes_on_from)
+        batches = Batches(loader, epochs, state.before_reading if state else lambda: None)
         self._balance(batches)
         fit = Fit(
             self._pipeline,
@@ -263,6 +281,9 @@ class FDGRunner:
             callbacks=listeners,
             lr_scheduler=lr_scheduler,
             lr_step=lr_step,
+            state=state,
+            saver=saver,
+            goes_on_from=goes_on_from,
         )
         in_main_thread = threading.current_thread() is threading.main_thread()
         if not in_main_thread:  # which the interpreter's end has to wait for
@@ -282,6 +303,36 @@ class FDGRunner:
         fit = self._fit
         if fit is not None:
             fit.stop()
+
+    def _state(
+        self, loader: Loader, lr_scheduler: Any, callbacks: Sequence[Callback], history: History
+    ) -> TrainingState:
+        return TrainingState(
+            Parts(
+                recipe=self._recipe,
+                model=self._model,
+                stages=lambda: self._stages,
+                optimizer=self.optimizer,
+                lr_scheduler=lr_scheduler,
+                loader=loader,
+                callbacks=callbacks,
+                history=history,
+            )
+        )
+
+    def _recipe(self) -> dict[str, Any]:
+        """What must be the same where training goes on from a checkpoint."""
+        return {
+            "method": self._schedule.method,
+            "stages": self._schedule.stages,
+            "split": self._split,
+            "backward_weights": self._backward_weights,
+        }
+
+    def _cut_as_in(self, checkpoint: Checkpoint) -> None:
+        recipe = checkpoint.state["recipe"]
+        if recipe["stages"] == len(self._devices):  # else it will be refused
+            self._cut(check_split(recipe["split"], len(self._layers), len(self._devices)))
 
     @contextmanager
     def _pipeline(self, interrupts: Interrupts) -> Iterator[Pipeline]:

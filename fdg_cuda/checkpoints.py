@@ -1,0 +1,156 @@
+"""When a ``fit`` writes checkpoints, and how it goes on from one."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from fdg_cuda.checkpoint import CheckpointFolder
+from fdg_cuda.checkpoint_file import Checkpoint
+from fdg_cuda.epoch import RunningEpoch
+from fdg_cuda.errors import CheckpointError
+from fdg_cuda.metrics import EpochResult
+from fdg_cuda.training_state import TrainingState
+
+logger = logging.getLogger("fdg_cuda")
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """Where and how often a ``fit`` writes checkpoints: ``fit(loader, 90, checkpoints=...)``.
+
+    One is written at the end of each epoch, and when training is stopped by SIGTERM, Ctrl-C or
+    ``runner.stop()``. Going on from one written at an epoch's end or by ``every`` gives, to the bit,
+    what training without a break gives.
+
+    Attributes:
+        folder: made if it is not there.
+        every: also after so many batches of an epoch. The pipeline drains there, which costs
+            2(K-1) ticks and is part of the arithmetic: another ``every`` gives other weights.
+        keep: how many are kept, besides the best.
+        resume: go on from the newest good checkpoint in ``folder``; start anew if there is none.
+        overwrite: without ``resume``: delete the checkpoints of an unfinished run, which is refused
+            otherwise. Those of a finished run are replaced.
+        metric: of a finished epoch, the higher the better, called behind the callbacks; default:
+            minus its training loss.
+    """
+
+    folder: str | os.PathLike[str]
+    every: int | None = None
+    keep: int = 3
+    resume: bool = False
+    overwrite: bool = False
+    metric: Callable[[EpochResult], float] | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("every", self.every), ("keep", self.keep)):
+            if value is None and name == "every":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a whole number, 1 or more; got {value!r}")
+        if self.resume and self.overwrite:
+            raise ValueError("resume goes on from a checkpoint and overwrite deletes it; give one")
+
+
+def as_checkpoints(value: Checkpoints | str | os.PathLike[str]) -> Checkpoints:
+    """A folder stands for :class:`Checkpoints` of it.
+
+    Raises:
+        TypeError: neither.
+    """
+    if isinstance(value, Checkpoints):
+        return value
+    if isinstance(value, (str, os.PathLike)):
+        return Checkpoints(value)
+    raise TypeError(f"checkpoints must be a folder or fdg_cuda.Checkpoints; got {value!r}")
+
+
+class Saver:
+    """Writes the checkpoints of one ``fit``, and reads the one it goes on from.
+
+    Args:
+        settings: where and how often.
+        state: what is written.
+        epochs: how many there will have been.
+    """
+
+    def __init__(self, settings: Checkpoints, state: TrainingState, epochs: int) -> None:
+        self.every = settings.every
+        self.newest: Path | None = None
+        self._settings = settings
+        self._state = state
+        self._epochs = epochs
+        self._folder = CheckpointFolder(Path(settings.folder), keep=settings.keep)
+
+    def begin(self) -> Checkpoint | None:
+        """The checkpoint to go on from, which :meth:`apply` takes; None: training starts anew.
+
+        Raises:
+            CheckpointError: there are checkpoints, but none can be read, or they belong to an
+                unfinished run that is not to be gone on with.
+        """
+        settings = self._settings
+        if settings.overwrite:
+            self._folder.clear()
+            return None
+        found = self._folder.latest()
+        if found is None:
+            if settings.resume:
+                logger.warning("no checkpoint in %s yet: training starts anew", settings.folder)
+            return None
+        if settings.resume:
+            logger.info("going on from %s", found.path)
+            return found
+        if not found.state.get("finished"):
+            raise CheckpointError(
+                f"{settings.folder} holds the checkpoints of an unfinished run ({found.path.name} is "
+                f"the newest). Go on with it (resume), delete them (overwrite), or choose another "
+                f"folder"
+            )
+        self._folder.clear()
+        return None
+
+    def apply(self, checkpoint: Checkpoint) -> RunningEpoch:
+        """Go back to ``checkpoint``; returns the epoch to go on with.
+
+        Raises:
+            CheckpointError: it belongs to a run of another kind.
+        """
+        try:
+            return self._state.apply(checkpoint.tensors, checkpoint.state)
+        except CheckpointError as error:
+            raise CheckpointError(f"{checkpoint.path} does not fit: {error}") from error
+
+    def save(self, epoch: RunningEpoch, result: EpochResult | None = None) -> Path | None:
+        """Write a checkpoint with ``epoch`` under way, or about to begin behind ``result``; its path.
+
+        A disk that is full, or another OSError, does not end training: it is said, and the next
+        checkpoint is another try; None is returned.
+
+        Raises:
+            TypeError: see :meth:`TrainingState.collect`.
+        """
+        tensors, state = self._state.collect(epoch, self._epochs)
+        try:
+            self.newest = self._folder.save(
+                tensors["losses"].numel(), tensors, state, metric=self._metric(result)
+            )
+        except OSError as error:
+            logger.error(
+                "the checkpoint behind batch %d of epoch %d could not be written (%s); training goes "
+                "on, and the next one is another try",
+                epoch.batches,
+                epoch.number,
+                error,
+            )
+            return None
+        return self.newest
+
+    def _metric(self, result: EpochResult | None) -> float | None:
+        if result is None:
+            return None
+        metric = self._settings.metric
+        return -result.loss if metric is None else float(metric(result))

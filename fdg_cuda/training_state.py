@@ -1,0 +1,259 @@
+"""Everything that decides how training goes on, at a point where the pipeline is drained.
+
+Tensors have names with a prefix: ``model.`` those of the model's own ``state_dict``, ``buffer.`` its
+non-persistent buffers, ``optimizer.`` what the optimizer keeps per parameter, ``random.`` the states
+of generators, ``losses`` of all batches so far. The rest is plain JSON values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fdg_cuda.callbacks import Callback
+from fdg_cuda.epoch import RunningEpoch
+from fdg_cuda.errors import CheckpointError
+from fdg_cuda.metrics import EpochResult, History
+from fdg_cuda.optim import DelayedSGD
+from fdg_cuda.plain import from_plain, to_plain
+from fdg_cuda.random_states import RandomStates
+from fdg_cuda.stage import Stage
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass
+class Parts:
+    """What a ``fit`` is made of, as far as it has a state.
+
+    Attributes:
+        recipe: what must be the same when training goes on: method, stages, split, modes.
+        stages: there once the model is cut.
+        loader: its ``state_dict`` and ``load_state_dict`` are used if it has both.
+    """
+
+    recipe: Callable[[], Mapping[str, Any]]
+    model: nn.Module
+    stages: Callable[[], Sequence[Stage]]
+    optimizer: DelayedSGD
+    lr_scheduler: Any
+    loader: Any
+    callbacks: Sequence[Callback]
+    history: History
+
+
+class TrainingState:
+    """Collects and applies the state of ``parts``.
+
+    The order of the data is kept as the random states, and the loader's own, just before the epoch's
+    iterator was made: when an epoch goes on, it is made again and what was trained is passed over.
+    """
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        self._epoch_start: tuple[RandomStates, Any] | None = None
+        self._to_restore: RandomStates | None = None
+
+    # -- the data's order -----------------------------------------------------------------------
+
+    def before_reading(self) -> None:
+        """The loader is about to be asked for an epoch's iterator."""
+        self._epoch_start = self._random_states(), self._loader_state()
+
+    def after_passing_over(self) -> None:
+        """The trained batches of the epoch that goes on were passed over."""
+        if self._to_restore is not None:
+            self._to_restore.restore()
+            self._to_restore = None
+
+    # -- collecting -----------------------------------------------------------------------------
+
+    def collect(self, epoch: RunningEpoch, epochs: int) -> tuple[Tensors, dict[str, Any]]:
+        """The state with ``epoch`` under way, or about to begin, out of ``epochs``.
+
+        Raises:
+            TypeError: the state of a scheduler, loader or callback holds what a file cannot.
+        """
+        parts = self._parts
+        tensors: Tensors = {}
+        extra: dict[str, Any] = {}
+        for key, value in parts.model.state_dict().items():
+            if isinstance(value, Tensor):
+                tensors[f"model.{key}"] = value.detach()
+            else:
+                extra[key] = to_plain(value, f"the model's state {key!r}")
+        tensors.update({f"buffer.{n}": b for n, b in _hidden_buffers(parts.model).items()})
+        names = _parameter_names(parts.model)
+        for stage in parts.stages():
+            for parameter, momentum in stage.memory.momentum_of_parameters():
+                tensors[f"optimizer.{names[id(parameter)]}.momentum"] = momentum
+        self._add_random(tensors, "now", self._random_states())
+        loader = self._loader_state()
+        if epoch.batches and self._epoch_start is not None:
+            states, loader = self._epoch_start
+            self._add_random(tensors, "epoch", states)
+        tensors["losses"] = torch.tensor(parts.history.batch_losses, dtype=torch.float64)
+        scheduler = parts.lr_scheduler
+        state = {
+            "recipe": dict(parts.recipe()),
+            "epochs": epochs,
+            "epoch": epoch.number,
+            "finished": epoch.number >= epochs,
+            "running_epoch": epoch.state_dict(),
+            "history": [asdict(result) for result in parts.history.epochs],
+            "model_extra": extra,
+            "param_groups": _plain_groups(parts.optimizer),
+            "lr_scheduler": None
+            if scheduler is None
+            else {
+                "kind": type(scheduler).__name__,
+                "state": to_plain(scheduler.state_dict(), "the state of lr_scheduler"),
+            },
+            "loader": loader,
+            "callbacks": [
+                {
+                    "kind": type(callback).__name__,
+                    "state": to_plain(
+                        callback.state_dict(), f"the state of callback {type(callback).__name__}"
+                    ),
+                }
+                for callback in parts.callbacks
+            ],
+        }
+        return tensors, state
+
+    def _add_random(self, tensors: Tensors, when: str, states: RandomStates) -> None:
+        tensors.update({f"random.{when}.{n}": t for n, t in states.to_tensors().items()})
+
+    def _random_states(self) -> RandomStates:
+        stages = self._parts.stages()
+        return RandomStates.now({s.device.index for s in stages if s.device.type == "cuda"})
+
+    def _loader_state(self) -> Any:
+        loader = self._parts.loader
+        if not (hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")):
+            return None
+        return to_plain(loader.state_dict(), "the loader's state")
+
+    # -- applying -------------------------------------------------------------------------------
+
+    def apply(self, tensors: Tensors, state: dict[str, Any]) -> RunningEpoch:
+        """Go back to what :meth:`collect` saw; returns the epoch to go on with.
+
+        Raises:
+            CheckpointError: the state belongs to a run of another kind.
+        """
+        parts = self._parts
+        _check_same(state["recipe"], parts.recipe())
+        self._check_kinds(state)
+        weights: dict[str, Any] = _under("model.", tensors)
+        weights.update({key: from_plain(value) for key, value in state["model_extra"].items()})
+        try:
+            parts.model.load_state_dict(weights)
+        except RuntimeError as error:
+            raise CheckpointError(f"it is of another model: {error}") from error
+        with torch.no_grad():
+            for name, buffer in _hidden_buffers(parts.model).items():
+                if f"buffer.{name}" in tensors:
+                    buffer.copy_(tensors[f"buffer.{name}"])
+        names = _parameter_names(parts.model)
+        for stage in parts.stages():
+            for parameter, momentum in stage.memory.momentum_of_parameters():
+                momentum.copy_(tensors[f"optimizer.{names[id(parameter)]}.momentum"])
+        _load_groups(parts.optimizer, state["param_groups"])
+        if parts.lr_scheduler is not None:
+            parts.lr_scheduler.load_state_dict(from_plain(state["lr_scheduler"]["state"]))
+        for callback, kept in zip(parts.callbacks, state["callbacks"], strict=True):
+            callback.load_state_dict(from_plain(kept["state"]))
+        parts.history.batch_losses.extend(tensors["losses"].tolist())
+        parts.history.epochs.extend(EpochResult(**result) for result in state["history"])
+        epoch = RunningEpoch(state["epoch"])
+        epoch.load_state_dict(state["running_epoch"])
+        if state["loader"] is not None and hasattr(parts.loader, "load_state_dict"):
+            parts.loader.load_state_dict(from_plain(state["loader"]))
+        now = RandomStates.from_tensors(_under("random.now.", tensors))
+        if epoch.batches:
+            RandomStates.from_tensors(_under("random.epoch.", tensors)).restore()
+            self._to_restore = now
+        else:
+            now.restore()
+        return epoch
+
+    def _check_kinds(self, state: dict[str, Any]) -> None:
+        parts = self._parts
+        kept = state["lr_scheduler"]
+        theirs = None if kept is None else kept["kind"]
+        ours = None if parts.lr_scheduler is None else type(parts.lr_scheduler).__name__
+        if theirs != ours:
+            raise CheckpointError(
+                f"it was written with lr_scheduler {theirs or 'None'}, but this fit has "
+                f"{ours or 'None'}; give the same"
+            )
+        theirs_all = [callback["kind"] for callback in state["callbacks"]]
+        ours_all = [type(callback).__name__ for callback in parts.callbacks]
+        if theirs_all != ours_all:
+            raise CheckpointError(
+                f"it was written with callbacks {', '.join(theirs_all)}, but this fit has "
+                f"{', '.join(ours_all)}; give the same, in the same order"
+            )
+
+
+def _under(prefix: str, tensors: Tensors) -> Tensors:
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }
+
+
+def _hidden_buffers(model: nn.Module) -> Tensors:
+    """Buffers that ``state_dict`` leaves out."""
+    shown = model.state_dict(keep_vars=True).keys()
+    return {name: buffer for name, buffer in model.named_buffers() if name not in shown}
+
+
+def _parameter_names(model: nn.Module) -> dict[int, str]:
+    return {id(parameter): name for name, parameter in model.named_parameters()}
+
+
+def _plain_groups(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    return [
+        {
+            name: to_plain(value, f"{name!r} of a parameter group")
+            for name, value in group.items()
+            if name != "params"
+        }
+        for group in optimizer.param_groups
+    ]
+
+
+def _load_groups(optimizer: torch.optim.Optimizer, kept: Sequence[dict[str, Any]]) -> None:
+    if len(kept) != len(optimizer.param_groups):
+        raise CheckpointError(
+            f"it was written with {len(kept)} parameter groups, but this runner has "
+            f"{len(optimizer.param_groups)}; make it with the same ones"
+        )
+    for group, values in zip(optimizer.param_groups, kept, strict=True):
+        for name, value in values.items():
+            present = group.get(name)
+            if isinstance(present, Tensor):
+                present.fill_(value)
+            else:
+                group[name] = from_plain(value)
+
+
+def _check_same(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    different = [
+        f"{name} was {theirs.get(name)!r} and is {ours.get(name)!r} now"
+        for name in sorted({*theirs, *ours})
+        if theirs.get(name) != ours.get(name)
+    ]
+    if different:
+        raise CheckpointError(
+            f"it was written by a run of another kind: {'; '.join(different)}. Make the runner as it "
+            f"was, or start anew in another folder"
+        )
