@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,8 @@ import pytest
 from commands import MLP, Cli, environment
 
 from fdg_cuda import cli
+from fdg_cuda.options import options_of
+from fdg_cuda.settings import Settings
 
 
 @pytest.mark.parametrize(
@@ -97,6 +100,20 @@ def test_help_does_not_wait_for_torch(arguments: str) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout
+
+
+def test_every_setting_is_an_option_under_its_heading(
+    run_cli: Cli, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    assert run_cli("train --help") == 0
+    panels = re.split(r"\n╭─ ", capfd.readouterr().out)
+    for entry in options_of(Settings).values():
+        (panel,) = (panel for panel in panels if panel.startswith(f"{entry.panel} "))
+        (line,) = (line for line in panel.splitlines() if f" {entry.flag} " in line)
+        assert entry.help in line
+        default = entry.auto or (entry.shown and f"({entry.shown})") or entry.default
+        assert (default in (None, False)) or f"[default: {default}]" in line
 
 
 def test_public_names_are_there_without_being_imported_first() -> None:
