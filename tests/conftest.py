@@ -8,12 +8,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from commands import Cli
 
-from fdg_cuda import cli
+if TYPE_CHECKING:
+    from commands import Cli
 
 TASKS = Path("/proc/self/task")
 POOL_THREADS = torch.get_num_threads()
@@ -111,6 +112,7 @@ def run_cli(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> Iterator[Cli]:
     """Runs the command line in this process, in an empty folder; returns its exit code."""
+    from fdg_cuda import cli  # which the tests of the core do without
 
     def run(arguments: str) -> int:
         monkeypatch.setattr(sys, "argv", ["fdg-cuda", *shlex.split(arguments)])
