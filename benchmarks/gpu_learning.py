@@ -29,12 +29,11 @@ from rich.table import Table
 
 from benchmarks.device_clock import Deadline
 from benchmarks.harness import write
-from fdg_cuda import FDGRunner, data, models
+from fdg_cuda import FDGRunner, data, lr_schedule, models
 from fdg_cuda.errors import NonFiniteLossError
 from fdg_cuda.files import replacing
 from fdg_cuda.metrics import EpochResult
 from fdg_cuda.settings import Settings
-from fdg_cuda.train import lr_factor
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -97,8 +96,8 @@ class Study:
         loader = data.BatchLoader(
             self.spec.train, BATCH_SIZE, shuffle=True, seed=seed, drop_last=True
         )
-        schedule = lr_factor(Settings(epochs=epochs).completed(threads=1), len(loader))
-        scheduler = torch.optim.lr_scheduler.LambdaLR(runner.optimizer, schedule)
+        settings = Settings(epochs=epochs).completed(threads=1)
+        scheduler = lr_schedule.from_settings(runner.optimizer, settings, len(loader))
         rows: list[dict[str, Any]] = []
 
         def on_epoch(result: EpochResult) -> None:

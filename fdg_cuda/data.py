@@ -6,7 +6,6 @@ a whole. All randomness comes from the loader's own generator, never from torch'
 
 from __future__ import annotations
 
-import difflib
 import gzip
 import importlib
 import math
@@ -20,6 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+
+from fdg_cuda.names import did_you_mean
 
 __all__ = ["BatchLoader", "DataSpec", "ImageTensors", "load", "names", "read_idx"]
 
@@ -179,8 +180,7 @@ def load(
     (scikit-learn or torchvision needed and missing) or RuntimeError (download failed).
     """
     if name not in _FACTS:
-        near = difflib.get_close_matches(name.lower(), _FACTS, n=1, cutoff=0.4)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(name, _FACTS)
         raise ValueError(f"Unknown data set {name!r}.{hint} Known ones: {', '.join(_FACTS)}.")
     if name == "digits":
         parts = _digits()

@@ -16,11 +16,12 @@ Sources:
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterator
 from functools import partial
 
 from torch import Tensor, nn
+
+from fdg_cuda.names import did_you_mean
 
 __all__ = [
     "BasicBlock",
@@ -217,8 +218,7 @@ def build(
     Raises ValueError for an unknown name or a size below 1.
     """
     if name not in _REGISTRY:
-        near = difflib.get_close_matches(name.lower(), _REGISTRY, n=1, cutoff=0.4)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(name, _REGISTRY)
         raise ValueError(f"Unknown model {name!r}.{hint} Known models: {', '.join(_REGISTRY)}.")
     sizes = {"in_channels": in_channels, "num_classes": num_classes, "image_size": image_size}
     for what, value in sizes.items():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from fdg_cuda import __version__, data, models
+from fdg_cuda import __version__, data, lr_schedule, models
 from fdg_cuda.devices import parse_devices
 from fdg_cuda.errors import NonFiniteLossError
 from fdg_cuda.metrics import EpochResult
@@ -30,25 +29,7 @@ from fdg_cuda.runner import FDGRunner
 from fdg_cuda.settings import GRAPHS, Settings
 from fdg_cuda.weights import finite, save_weights
 
-WARMUP_START = 0.1  # share of the learning rate with which the first batch is trained
 TEST_BATCH_SIZE = 512
-
-
-def lr_factor(settings: Settings, batches: int) -> Callable[[int], float]:
-    """The learning rate's factor as a function of the batch's number over the whole run.
-
-    It grows linearly, batch by batch, from WARMUP_START to 1 over the warm-up epochs, and is
-    divided by ``lr_decay`` when an epoch of ``milestones`` has been trained. ``batches`` is the
-    number of batches per epoch.
-    """
-    warmup = (settings.warmup_epochs or 0) * batches
-
-    def factor(batch: int) -> float:
-        passed = sum(batch >= milestone * batches for milestone in settings.milestones or ())
-        warm = WARMUP_START + (1 - WARMUP_START) * batch / warmup if batch < warmup else 1.0
-        return warm / settings.lr_decay**passed
-
-    return factor
 
 
 @dataclass(frozen=True)
@@ -84,6 +65,7 @@ class Training:
         settings = settings.completed(threads=torch.get_num_threads())
         devices, threads = settings.devices or (), settings.threads or 1
         parsed = parse_devices(devices)  # before the data, which may take long to load
+        lr_schedule.check_name(settings.lr_schedule)
         spec = data.load(settings.data, settings.data_root, download=settings.download)
         torch.set_num_threads(threads)
         torch.manual_seed(settings.seed)
@@ -122,7 +104,9 @@ class Training:
             cpu_threads=threads if parsed[0].type == "cpu" else None,
             graphs=GRAPHS[settings.graphs],
         )
-        self._factor = lr_factor(settings, len(self._train))
+        optimizer = self.runner.optimizer
+        schedule = lr_schedule.from_settings(optimizer, settings, len(self._train))
+        self._rate = lr_schedule.Rate(schedule, optimizer)
         self._metadata = {
             "model": settings.model,
             "data": settings.data,
@@ -157,7 +141,6 @@ class Training:
             OSError: a file cannot be written.
         """
         settings = self._settings
-        scheduler = torch.optim.lr_scheduler.LambdaLR(self.runner.optimizer, self._factor)
         progress = make_progress(console, settings.epochs, len(self._train))
 
         def on_epoch(result: EpochResult) -> None:
@@ -172,8 +155,8 @@ class Training:
                 self.runner.fit(
                     self._train,
                     settings.epochs,
-                    lr_scheduler=scheduler,
-                    lr_step="batch",
+                    lr_scheduler=self._rate,
+                    lr_step=str(settings.lr_step),
                     on_batch=progress.batch,
                     on_epoch=on_epoch,
                 )
@@ -218,10 +201,10 @@ class Training:
 
     def _row(self, result: EpochResult) -> EpochRow:
         test = self.runner.evaluate(self._test)
-        last_batch = (result.epoch + 1) * len(self._train) - 1
+        self._rate.tested(test.loss)
         return EpochRow(
             epoch=result.epoch + 1,
-            lr=self._settings.lr * self._factor(last_batch),
+            lr=self._rate.latest,
             train_loss=result.loss,
             train_accuracy=result.accuracy,
             test_loss=test.loss,

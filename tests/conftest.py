@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import os
+import shlex
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from commands import Cli
 
 TASKS = Path("/proc/self/task")
 POOL_THREADS = torch.get_num_threads()
@@ -99,6 +105,27 @@ def one_torch_thread() -> Iterator[None]:
 @pytest.fixture
 def seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def run_cli(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> Iterator[Cli]:
+    """Runs the command line in this process, in an empty folder; returns its exit code."""
+    from fdg_cuda import cli  # which the tests of the core do without
+
+    def run(arguments: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["fdg-cuda", *shlex.split(arguments)])
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+        assert isinstance(exit_.value.code, int)
+        return exit_.value.code
+
+    monkeypatch.chdir(tmp_path)
+    threads, state = torch.get_num_threads(), torch.get_rng_state()
+    yield run
+    torch.set_num_threads(threads)
+    torch.set_rng_state(state)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from examples import ROOT, examples
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
-TRAINING, TIMELINE = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+TRAINING, TIMELINE = (
+    example.text for example in examples(ROOT / "README.md") if example.language == "python"
+)
 
 
 def test_examples(

@@ -1,0 +1,196 @@
+"""Training from the command line: what it writes, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from chains import same_bits
+from commands import MLP, PINNED, Cli, check_files, metrics, start
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from fdg_cuda import FDGRunner, data, models
+from fdg_cuda.batches import Loader
+from fdg_cuda.metrics import Evaluation
+
+# -- the files of a run ---------------------------------------------------------------------------
+
+
+def test_the_same_command_gives_the_same_bytes_in_two_processes(tmp_path: Path) -> None:
+    for out in ("first", "second"):
+        process = start(f"{PINNED} --out {out}", tmp_path)
+        output, errors = process.communicate(timeout=200)
+        assert process.returncode == 0, errors
+        assert "test accuracy" in output
+        assert output.count("samples/s") == 5, "one line per epoch, and the summary"
+    first, second = ((tmp_path / out / "weights.safetensors") for out in ("first", "second"))
+    assert first.read_bytes() == second.read_bytes()
+    check_files(tmp_path / "first", "resnet20")
+    rows = metrics(tmp_path / "first")
+    assert [row["epoch"] for row in rows] == ["1", "2", "3", "4"]
+    assert float(rows[-1]["test_accuracy"]) > 0.9
+    assert float(rows[-1]["train_loss"]) < float(rows[0]["train_loss"])
+    with safe_open(first, "pt") as weights:
+        stored = weights.metadata()
+    assert stored["model"] == "resnet20"
+    assert stored["data"] == "digits"
+    assert stored["seed"] == "7"
+    assert "version" in stored
+
+
+def test_a_folder_is_written_over_and_its_settings_repeat_the_run(
+    run_cli: Cli, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    assert run_cli(f"{MLP} --epochs 1 --seed 3 --out out") == 0
+    assert run_cli(f"{MLP} --epochs 2 --milestones '' --out out") == 0
+    before = (out / "weights.safetensors").read_bytes()
+    assert len(metrics(out)) == 2
+    check_files(out, "mlp")
+    settings = json.loads((out / "settings.json").read_text())
+    assert settings["settings"]["split"] is not None
+    assert settings["settings"]["threads"] >= 1
+    words = settings["command"].removeprefix("fdg-cuda ")
+    assert "--split" in words
+    (out / "weights.safetensors").unlink()
+    assert run_cli(words) == 0
+    assert (out / "weights.safetensors").read_bytes() == before
+
+
+def test_the_weights_file_scores_what_the_metrics_say(run_cli: Cli, tmp_path: Path) -> None:
+    assert run_cli(f"{MLP} --epochs 1 --out out") == 0
+    spec = data.load("digits")
+    model = models.build("mlp", in_channels=1, num_classes=10, image_size=8).eval()
+    model.load_state_dict(load_file(tmp_path / "out" / "weights.safetensors"))
+    ((x, y),) = data.BatchLoader(spec.test, len(spec.test))
+    accuracy = float((model(x).argmax(1) == y).float().mean())
+    assert accuracy == pytest.approx(float(metrics(tmp_path / "out")[0]["test_accuracy"]))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--method bp",
+        "--method ddg --devices cpu,cpu,cpu --split 1,2",
+        "--devices cpu --nesterov --threads 1",
+        "--backward-weights current --channels-last --warmup-epochs 0",
+    ],
+)
+def test_options_reach_the_run(
+    run_cli: Cli, tmp_path: Path, capfd: pytest.CaptureFixture[str], options: str
+) -> None:
+    assert run_cli(f"{MLP} --epochs 1 --batch-size 256 --out out {options}") == 0
+    check_files(tmp_path / "out", "mlp")
+    written = json.loads((tmp_path / "out" / "settings.json").read_text())["command"]
+    words = shlex.split(options)
+    assert all(word in shlex.split(written) for word in words)
+    assert "method" in capfd.readouterr().out
+
+
+def test_the_default_folder_tells_what_was_trained(run_cli: Cli, tmp_path: Path) -> None:
+    assert run_cli(f"{MLP} --epochs 1 --method bp") == 0
+    check_files(tmp_path / "runs" / "digits-mlp-bp-k2", "mlp")
+
+
+# -- how a run can end ----------------------------------------------------------------------------
+
+
+def test_ctrl_c_writes_what_there_is(tmp_path: Path) -> None:
+    process = start(f"{MLP} --epochs 100000 --out out", tmp_path)
+    assert process.stdout is not None
+    assert process.stdout.readline().startswith("epoch")
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    assert "interrupted" in errors
+    assert "written" in output
+    check_files(tmp_path / "out", "mlp")
+    rows = metrics(tmp_path / "out")
+    assert len(rows) >= 1
+    record = json.loads((tmp_path / "out" / "settings.json").read_text())
+    assert record["epochs_finished"] == len(rows)
+    assert f"{len(rows)} of 100000 epochs were finished" in errors
+
+
+def test_interrupted_files_belong_to_one_epoch(
+    run_cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The weights are those of the last row of metrics.csv, not of the epoch that was broken off."""
+    options = f"{MLP} --epochs 4 --milestones 9 --warmup-epochs 0 --out"
+    assert run_cli(f"{options} whole --epochs 2") == 0
+    evaluate = FDGRunner.evaluate
+    calls = 0
+
+    def interrupted(runner: FDGRunner, loader: Loader) -> Evaluation:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise KeyboardInterrupt
+        return evaluate(runner, loader)
+
+    monkeypatch.setattr(FDGRunner, "evaluate", interrupted)
+    assert run_cli(f"{options} broken") == 130
+    assert len(metrics(tmp_path / "broken")) == 2
+    whole, broken = (
+        load_file(tmp_path / run / "weights.safetensors") for run in ("whole", "broken")
+    )
+    assert same_bits(whole, broken)
+
+
+@pytest.mark.parametrize("when", ["loading", "first epoch"])
+def test_ctrl_c_before_an_epoch_is_finished(
+    run_cli: Cli,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    when: str,
+) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    if when == "loading":
+        monkeypatch.setattr(data, "load", interrupt)
+    else:
+        monkeypatch.setattr("fdg_cuda.progress.PlainProgress.batch", interrupt)
+    assert run_cli(f"{MLP} --out out") == 130
+    assert "interrupted" in capfd.readouterr().err
+    if when == "loading":
+        assert not (tmp_path / "out").exists()
+    else:
+        check_files(tmp_path / "out", "mlp")
+        assert metrics(tmp_path / "out") == []
+
+
+def test_divergence_keeps_the_last_finite_weights(
+    run_cli: Cli, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run_cli(f"{MLP} --lr 1e9 --warmup-epochs 0 --seed 5 --out out") == 1
+    errors = capfd.readouterr().err
+    assert "the loss became" in errors
+    assert "smaller lr" in errors
+    assert len(errors.splitlines()) == 1
+    check_files(tmp_path / "out", "mlp")
+    weights = load_file(tmp_path / "out" / "weights.safetensors")
+    torch.manual_seed(5)
+    begin = models.build("mlp", in_channels=1, num_classes=10, image_size=8).state_dict()
+    assert all(torch.equal(weights[key], begin[key]) for key in begin)
+
+
+def test_results_that_cannot_be_written(
+    run_cli: Cli,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("fdg_cuda.train.write_metrics", full)
+    assert run_cli(f"{MLP} --epochs 1 --out out") == 1
+    assert "No space left" in capfd.readouterr().err
