@@ -13,7 +13,6 @@ from fdg_cuda import __version__
 from fdg_cuda.cli_settings import Given, takes_settings
 
 if TYPE_CHECKING:
-    from fdg_cuda.settings import Settings
     from fdg_cuda.train import Outcome, Training
 
 FAILED, USER_ERROR, INTERRUPTED = 1, 2, 130
@@ -56,10 +55,11 @@ def common(
 def train(given: Given) -> None:
     """Train a model; write weights.safetensors, metrics.csv, curves.png and settings.json.
 
-    Ctrl-C stops, and writes what there is.
+    Ctrl-C and SIGTERM stop at a checkpoint, from which the same command with --resume goes on; the
+    second one stops at once.
     """
     with _user_errors():
-        training = _prepare(given.settings())
+        training = _prepare(given)
     raise typer.Exit(_run(training))
 
 
@@ -71,19 +71,23 @@ def doctor() -> None:
     raise typer.Exit(0 if examine() else FAILED)
 
 
-def _prepare(settings: Settings) -> Training:
+def _prepare(given: Given) -> Training:
     from fdg_cuda.train import Training
 
-    return Training(settings)
+    return Training(given.settings(), resume=given.resume, overwrite=given.overwrite)
 
 
 def _run(training: Training) -> int:
+    from fdg_cuda.errors import CheckpointError
     from fdg_cuda.progress import make_console
     from fdg_cuda.report import summary_table
 
     console = make_console()
     try:
         outcome = training.run(console)
+    except CheckpointError as error:
+        _complain(str(error))
+        return USER_ERROR
     except OSError as error:
         _complain(f"the results cannot be written: {error}")
         return FAILED
@@ -93,6 +97,9 @@ def _run(training: Training) -> int:
 
 def _verdict(outcome: Outcome) -> int:
     finished = f"{len(outcome.rows)} of {outcome.settings.epochs} epochs were finished"
+    if outcome.status == "stopped":
+        _complain(f"{outcome.message}; {finished}. Go on with: {_resuming(outcome)}", "")
+        return 0
     if outcome.status == "interrupted":
         kept = "the files hold the last of them"
         if not outcome.rows:
@@ -106,6 +113,10 @@ def _verdict(outcome: Outcome) -> int:
         _complain(f"{outcome.message} {finished}; {kept}.")
         return FAILED
     return 0
+
+
+def _resuming(outcome: Outcome) -> str:
+    return f"{outcome.settings.command()} --resume"
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from fdg_cuda.options import Option, options_of
-from fdg_cuda.settings import Settings, accepted
+from fdg_cuda.settings import CHECKPOINTS, Settings, accepted
 from fdg_cuda.settings_file import read_values
 
 
@@ -20,10 +20,14 @@ class Given:
 
     Attributes:
         config: the file of ``--config``.
+        resume: whether to go on from a checkpoint.
+        overwrite: whether to delete the checkpoints of an unfinished run.
         words: the options that stand on it, by field name, as they were read.
     """
 
     config: str | None
+    resume: bool
+    overwrite: bool
     words: dict[str, Any]
 
     def settings(self) -> Settings:
@@ -38,26 +42,41 @@ class Given:
 
 
 def takes_settings(command: Callable[[Given], None]) -> Callable[..., None]:
-    """``command`` with ``--config`` and an option for every setting, for typer to register."""
+    """``command`` with all its options, for typer to register: those of the table, and those that no
+    file holds."""
     table = options_of(Settings)
 
-    def run(context: typer.Context, config: str | None, **values: Any) -> None:
+    def run(
+        context: typer.Context, config: str | None, resume: bool, overwrite: bool, **values: Any
+    ) -> None:
         # typer has no value for "not given": a default that is given overrides the file, too.
         words = {
             name: value
             for name, value in values.items()
             if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
         }
-        command(Given(config, words))
+        command(Given(config, resume, overwrite, words))
 
     file = typer.Option(
         "--config",
         help="File with settings (.toml, .yaml, .json; a run's settings.json repeats it); options "
         "given here come before it.",
     )
+    resume = typer.Option(
+        "--resume",
+        help="Go on from the newest checkpoint in --out; without one, begin anew.",
+        rich_help_panel=CHECKPOINTS,
+    )
+    overwrite = typer.Option(
+        "--overwrite",
+        help="Begin anew although --out holds the checkpoints of an unfinished run.",
+        rich_help_panel=CHECKPOINTS,
+    )
     parameters = [
         _parameter("context", typer.Context, inspect.Parameter.empty),
         _parameter("config", Annotated[str | None, file], None),
+        _parameter("resume", Annotated[bool, resume], False),
+        _parameter("overwrite", Annotated[bool, overwrite], False),
         *(_parameter(name, *_typed(entry)) for name, entry in table.items()),
     ]
     run.__name__, run.__doc__ = command.__name__, command.__doc__

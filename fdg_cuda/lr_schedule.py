@@ -205,6 +205,15 @@ class Rate:
         if not isinstance(self.schedule, ReduceLROnPlateau):
             self.schedule.step()
 
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {"latest": self.latest, "schedule": self.schedule.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` gave."""
+        self.latest = state["latest"]
+        self.schedule.load_state_dict(state["schedule"])
+
     def tested(self, loss: float) -> None:
         """An epoch's test loss is known, which some schedules follow."""
         if isinstance(self.schedule, ReduceLROnPlateau):

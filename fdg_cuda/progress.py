@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from fdg_cuda.callbacks import FitStart
 from fdg_cuda.metrics import Average, BatchResult
 from fdg_cuda.report import EpochRow, percent
 
@@ -38,6 +39,7 @@ class PlainProgress:
         self._console = console
         self._epochs = epochs
         self._batches = batches
+        self._first = FitStart(epochs)
         self._begin = time.perf_counter()
 
     def __enter__(self) -> PlainProgress:
@@ -52,12 +54,18 @@ class PlainProgress:
     ) -> None:
         pass
 
+    def start(self, start: FitStart) -> None:
+        """Training begins, perhaps where another run left off."""
+        self._first = start
+        self._begin = time.perf_counter()
+
     def batch(self, result: BatchResult) -> None:
         """A batch was trained."""
 
     def epoch(self, row: EpochRow) -> None:
         """An epoch was trained and tested."""
-        left = (time.perf_counter() - self._begin) / row.epoch * (self._epochs - row.epoch)
+        trained = row.epoch - self._first.epoch - self._first.batch / self._batches
+        left = (time.perf_counter() - self._begin) / trained * (self._epochs - row.epoch)
         speed = f"{row.samples_per_second:,.0f} samples/s"
         self._console.print(f"{self._line(row)}  {speed}  {_clock(left)} left")
 
@@ -93,6 +101,11 @@ class LiveProgress(PlainProgress):
         traceback: TracebackType | None,
     ) -> None:
         self._bar.stop()
+
+    def start(self, start: FitStart) -> None:
+        super().start(start)
+        done = start.epoch * self._batches + start.batch
+        self._bar.update(self._task, completed=done, status=self._status(start.epoch + 1))
 
     def batch(self, result: BatchResult) -> None:
         self._average.add(result.loss, result.samples, result.correct)

@@ -24,7 +24,10 @@ OWN_SCHEDULES = ("milestones", "cosine", "constant")
 PLATEAU = "ReduceLROnPlateau"
 
 WHAT, SPLIT, OPTIMIZER, RUN = "What to train", "Split and method", "Optimizer", "Run"
-SCHEDULE = "Learning-rate schedule"
+SCHEDULE, CHECKPOINTS = "Learning-rate schedule", "Checkpoints"
+
+# Settings that do not decide what comes out, so that a run may go on with others.
+WITHOUT_EFFECT = ("data_root", "download", "out", "checkpoints", "keep")
 
 
 def _rising(milestones: Sequence[int]) -> bool:
@@ -130,6 +133,15 @@ class Settings:
         None, RUN, "Memory layout of images.", shown="on for convolutional models"
     )
     out: str | None = option(None, RUN, "Folder for the results.", shown="runs/<what>-k<stages>")
+    checkpoints: bool = option(True, CHECKPOINTS, "Write checkpoints to go on from.")
+    checkpoint_every: int | None = option(
+        None,
+        CHECKPOINTS,
+        "Batches between two of an epoch; the pipeline drains there.",
+        shown="at the end of each epoch only",
+        least=1,
+    )
+    keep: int = option(3, CHECKPOINTS, "How many are kept, besides the best.", least=1)
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> Settings:
@@ -160,6 +172,8 @@ class Settings:
         """
         settings = replace(self, **accepted(vars(self)))
         settings._check_schedule()
+        if settings.checkpoint_every is not None and not settings.checkpoints:
+            raise ValueError("--checkpoint-every and --no-checkpoints exclude each other; give one")
         own = settings.lr_schedule in OWN_SCHEDULES
         devices = settings.devices
         if devices is None:

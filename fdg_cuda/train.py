@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import time
 from dataclasses import asdict, dataclass, replace
@@ -13,10 +14,13 @@ from rich.console import Console
 from torch import nn
 
 from fdg_cuda import __version__, data, lr_schedule, models
+from fdg_cuda.callbacks import Callback, FitStart
+from fdg_cuda.checkpoints import Checkpoints
 from fdg_cuda.devices import parse_devices
-from fdg_cuda.errors import NonFiniteLossError
-from fdg_cuda.metrics import EpochResult
-from fdg_cuda.progress import make_progress
+from fdg_cuda.errors import CheckpointError, NonFiniteLossError, TrainingStopped
+from fdg_cuda.metrics import BatchResult, EpochResult
+from fdg_cuda.options import options_of
+from fdg_cuda.progress import PlainProgress, make_progress
 from fdg_cuda.report import (
     EpochRow,
     best_epoch,
@@ -26,7 +30,7 @@ from fdg_cuda.report import (
     write_settings,
 )
 from fdg_cuda.runner import FDGRunner
-from fdg_cuda.settings import GRAPHS, Settings
+from fdg_cuda.settings import GRAPHS, WITHOUT_EFFECT, Settings
 from fdg_cuda.weights import finite, save_weights
 
 TEST_BATCH_SIZE = 512
@@ -37,12 +41,13 @@ class Outcome:
     """How a run ended.
 
     Attributes:
-        status: ``"finished"``, ``"interrupted"`` (Ctrl-C) or ``"diverged"``.
+        status: ``"finished"``, ``"stopped"`` (at a checkpoint), ``"interrupted"`` (Ctrl-C) or
+            ``"diverged"``.
         rows: one per finished epoch.
         seconds: from the first batch to the last epoch's test.
         files: what was written, in ``settings.out``.
         settings: with the split that was used.
-        message: why a run diverged.
+        message: why a run diverged or was stopped.
     """
 
     status: str
@@ -56,13 +61,21 @@ class Outcome:
 class Training:
     """A run made ready: data loaded, model built, folder made.
 
+    Args:
+        settings: what to train and how.
+        resume, overwrite: see :class:`~fdg_cuda.Checkpoints`.
+
     Raises:
         ValueError, TypeError, ImportError, OSError, RuntimeError: settings that cannot work here;
             the message says what would.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(
+        self, settings: Settings, *, resume: bool = False, overwrite: bool = False
+    ) -> None:
         settings = settings.completed(threads=torch.get_num_threads())
+        if resume and not settings.checkpoints:
+            raise ValueError("--resume and --no-checkpoints exclude each other; give one")
         devices, threads = settings.devices or (), settings.threads or 1
         parsed = parse_devices(devices)  # before the data, which may take long to load
         lr_schedule.check_name(settings.lr_schedule)
@@ -124,6 +137,16 @@ class Training:
         if self.out.exists() and not self.out.is_dir():
             raise ValueError(f"--out {self.out} is a file; name a folder, which may exist or not")
         self.out.mkdir(parents=True, exist_ok=True)
+        self._checkpoints = None
+        if settings.checkpoints:
+            self._checkpoints = Checkpoints(
+                self.out / "checkpoints",
+                every=settings.checkpoint_every,
+                keep=settings.keep,
+                resume=resume,
+                overwrite=overwrite,
+                metric=lambda _: self._rows[-1].test_accuracy or 0.0,
+            )
 
     @property
     def settings(self) -> Settings:
@@ -139,15 +162,10 @@ class Training:
 
         Raises:
             OSError: a file cannot be written.
+            CheckpointError: the checkpoints cannot be gone on from, or written over.
         """
         settings = self._settings
         progress = make_progress(console, settings.epochs, len(self._train))
-
-        def on_epoch(result: EpochResult) -> None:
-            self._rows.append(self._row(result))
-            self._save()
-            progress.epoch(self._rows[-1])
-
         status, message = "finished", ""
         begin = time.perf_counter()
         try:
@@ -157,9 +175,11 @@ class Training:
                     settings.epochs,
                     lr_scheduler=self._rate,
                     lr_step=str(settings.lr_step),
-                    on_batch=progress.batch,
-                    on_epoch=on_epoch,
+                    callbacks=[_Reporting(self, progress)],
+                    checkpoints=self._checkpoints,
                 )
+        except TrainingStopped as stopped:
+            status, message = "stopped", str(stopped)
         except KeyboardInterrupt:
             status = "interrupted"
         except NonFiniteLossError as error:
@@ -170,6 +190,48 @@ class Training:
             self._save()
         draw_curves(self._file("curves.png"), self._rows, self._title())
         return Outcome(status, self._rows, seconds, self._files, self.settings, message)
+
+    def finish_epoch(self, result: EpochResult) -> EpochRow:
+        """Test, and write the files; returns the epoch's row."""
+        self._rows.append(self._row(result))
+        self._save()
+        return self._rows[-1]
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the run: its settings and rows."""
+        return {"settings": self._with_effect(), "rows": [asdict(row) for row in self._rows]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` gave.
+
+        Raises:
+            CheckpointError: the settings were others.
+        """
+        theirs, ours = state["settings"], self._with_effect()
+        table = options_of(Settings)
+        different = [
+            f"{table[name].flag if name in table else name} was {theirs.get(name)} and is "
+            f"{ours.get(name)} now"
+            for name in sorted({*theirs, *ours})
+            if theirs.get(name) != ours.get(name)
+        ]
+        if different:
+            raise CheckpointError(
+                f"the run had other settings: {'; '.join(different)}. Give the same to go on, or "
+                f"begin anew with another --out or --overwrite"
+            )
+        self._rows = [EpochRow(**row) for row in state["rows"]]
+        self._saved_rows = len(self._rows)
+
+    def _with_effect(self) -> dict[str, Any]:
+        """As JSON gives them back. The cut is the runner's to compare."""
+        kept = {
+            name: value
+            for name, value in asdict(self._settings).items()
+            if name not in (*WITHOUT_EFFECT, "split")
+        }
+        plain: dict[str, Any] = json.loads(json.dumps(kept))
+        return plain
 
     def summary(self, outcome: Outcome) -> dict[str, str]:
         """What was trained and how it went, as short texts."""
@@ -245,3 +307,26 @@ class Training:
         stages = len(settings.devices or ())
         plural = "s" if stages != 1 else ""
         return f"{settings.model} on {settings.data}, {settings.method} in {stages} stage{plural}"
+
+
+class _Reporting(Callback):
+    """Brings ``fit`` and the run's files, rows and progress together."""
+
+    def __init__(self, training: Training, progress: PlainProgress) -> None:
+        self._training = training
+        self._progress = progress
+
+    def on_fit_start(self, start: FitStart) -> None:
+        self._progress.start(start)
+
+    def on_batch_end(self, result: BatchResult) -> None:
+        self._progress.batch(result)
+
+    def on_epoch_end(self, result: EpochResult) -> None:
+        self._progress.epoch(self._training.finish_epoch(result))
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._training.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._training.load_state_dict(state)
