@@ -532,6 +532,16 @@ def test_a_stale_temporary_file_is_never_taken_for_a_checkpoint(tmp_path: Path) 
     assert not list(tmp_path.iterdir())
 
 
+def test_a_file_of_any_name_is_rid_of_its_own_stale_temporaries_only(tmp_path: Path) -> None:
+    path = tmp_path / "losses[1].csv"
+    mine, others = tmp_path / f".{path.name}.01ab.part", tmp_path / ".losses1.csv.01ab.part"
+    mine.touch()
+    others.touch()
+    with replacing(path) as temporary:
+        temporary.write_text("whole")
+    assert set(tmp_path.iterdir()) == {path, others}
+
+
 def test_a_temporary_file_lost_before_it_was_locked_is_made_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -546,10 +556,10 @@ def test_a_temporary_file_lost_before_it_was_locked_is_made_anew(
         flock(descriptor, operation)
 
     monkeypatch.setattr(files.fcntl, "flock", lose_the_first)
-    path = save(CheckpointFolder(tmp_path), 1)
-    assert len(lost) == 1
-    assert consistent(load_checkpoint(path)) == 1
-    assert list(tmp_path.iterdir()) == [path]
+    with replacing(tmp_path / file_name(1)) as temporary:
+        assert len(lost) == 1
+        assert list(tmp_path.iterdir()) == [temporary]
+        assert temporary != lost[0]
 
 
 def test_two_processes_that_save_at_once_both_succeed(tmp_path: Path) -> None:
