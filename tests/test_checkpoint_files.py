@@ -227,6 +227,13 @@ def newer(path: Path) -> None:
         write_checkpoint(path, 12, TENSORS, STATE, None)
 
 
+def unchecked(path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        write = tensor_file.write
+        patch.setattr(tensor_file, "write", lambda *args, checksum: write(*args))
+        write_checkpoint(path, 12, TENSORS, STATE, None)
+
+
 def renamed(path: Path) -> None:
     write_checkpoint(path, 13, TENSORS, STATE, None)
 
@@ -258,6 +265,7 @@ def nested(path: Path) -> None:
         (foreign, "no checkpoint of fdg_cuda"),
         (foreign_dtype, "no checkpoint of fdg_cuda"),
         (newer, "is of format version 2, and this fdg_cuda reads version 1"),
+        (unchecked, "has no checksum"),
         (renamed, "holds step 13: it was renamed"),
         (truncated, r"is truncated: \d+ bytes were written, \d+ are there"),
         (flipped, "content does not fit its checksum"),
