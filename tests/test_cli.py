@@ -113,6 +113,7 @@ def test_every_setting_is_an_option_under_its_heading(
         (line,) = (line for line in panel.splitlines() if f" {entry.flag} " in line)
         assert entry.help in line
         default = entry.auto or (entry.shown and f"({entry.shown})") or entry.default
+        default = entry.flag[2:] if default is True else default
         assert (default in (None, False)) or f"[default: {default}]" in line
 
 
