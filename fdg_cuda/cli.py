@@ -98,7 +98,8 @@ def train(
         str,
         typer.Option(
             help="stash: a batch's backward uses the weights of its forward; current: those of the "
-            "moment, which takes less memory.",
+            "moment, with one weight copy; replay: likewise, and activations are computed again "
+            "instead of kept.",
             rich_help_panel=SPLIT,
         ),
     ] = DEFAULT.backward_weights,

@@ -25,7 +25,7 @@ def run(
     return runner.state_dict(), history.batch_losses
 
 
-@pytest.mark.parametrize("backward_weights", ["stash", "current"])
+@pytest.mark.parametrize("backward_weights", ["stash", "current", "replay"])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("stages", [2, 3, 4, 8])
 def test_injected_delays_change_no_bit(method: str, stages: int, backward_weights: str) -> None:

@@ -99,7 +99,7 @@ def in_place(first: list[nn.Module]) -> nn.Sequential:
     return nn.Sequential(*layers).double()
 
 
-@pytest.mark.parametrize("backward_weights", ["stash", "current"])
+@pytest.mark.parametrize("backward_weights", ["stash", "current", "replay"])
 @pytest.mark.parametrize("method", METHODS)
 def test_in_place_layer_behind_a_cut(method: str, backward_weights: str) -> None:
     data = batches(6)
