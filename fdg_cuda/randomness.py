@@ -66,7 +66,7 @@ def reroute_generator() -> None:
         if _library is None:
             _library = _register()
         _rerouted += 1
-        torch.random.default_generator = _GeneratorOfThread()  # type: ignore[attr-defined]
+        torch.random.default_generator = _GeneratorOfThread()  # type: ignore[attr-defined, assignment]
 
 
 def restore_generator() -> None:
