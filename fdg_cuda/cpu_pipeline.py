@@ -61,9 +61,7 @@ class CpuPipeline(Pipeline):
         # Before the stages' threads start: a thread keeps the arena it begins with.
         if os.environ.get("FDG_KEEP_FREED_MEMORY", "1") != "0":
             keep_freed_memory()
-        self._rerouted = schedule.stages > 1
-        if self._rerouted:
-            reroute_generator()
+        self._rerouted = False
         layout = CpuLayout(schedule, mode)
         self._lanes = [Lane(layout.stage_of(i), name) for i, name in enumerate(layout.streams)]
         self._scheduler = Scheduler(
@@ -75,6 +73,9 @@ class CpuPipeline(Pipeline):
         )
         try:
             self._set_threads(threads)
+            if schedule.stages > 1:
+                reroute_generator()
+                self._rerouted = True
             for stage in self._stages:
                 stage.begin_fit(hyper=self._hyper, threads=threads)
             self._stages[-1].loss = self._loss
