@@ -34,7 +34,7 @@ from fdg_cuda.settings import Settings
         ("--split 4", "between 1 and 3"),
         ("--split 1,2", "name 1 of the layers"),
         ("--method gpipe", "fdg, ddg, bp"),
-        ("--backward-weights old", "stash, current"),
+        ("--backward-weights old", "stash, current, replay"),
         ("--lr -1", "0 or more"),
         ("--lr-decay 0", "above 0"),
         ("--nesterov --momentum 0", "momentum above 0"),
