@@ -72,9 +72,8 @@ class CpuPipeline(Pipeline):
         )
         try:
             self._set_threads(threads)
-            if schedule.stages > 1:
-                reroute_generator()
-                self._rerouted = True
+            reroute_generator()
+            self._rerouted = True
             for stage in self._stages:
                 stage.begin_fit(hyper=self._hyper, threads=threads)
             self._stages[-1].loss = self._loss

@@ -21,8 +21,8 @@ class CpuStage(Stage):
     """Its forward and backward run on its own thread.
 
     Args:
-        alone: whether it is the only one. Then it draws random numbers from torch's own generator, as
-            plain training does; otherwise from one of its own.
+        alone: whether it is the only one. Then its random numbers begin where those of torch's own
+            generator would, as in plain training.
 
     Attributes:
         generator: where its layers' random numbers come from.
@@ -39,8 +39,8 @@ class CpuStage(Stage):
     ) -> None:
         super().__init__(index, layers, slots, mode=mode, device=torch.device("cpu"))
         self._alone = alone
-        self.generator = torch.default_generator if alone else torch.Generator()
-        self._seeded_from: int | None = None
+        self.generator = torch.Generator()
+        self._seeded_from: int | bytes | None = None
         # Wiring, set by the runner.
         self.below: CpuStage | None = None
         self.above: CpuStage | None = None
@@ -55,12 +55,26 @@ class CpuStage(Stage):
     def begin_fit(self, *, hyper: np.ndarray, threads: int) -> None:
         """Lay the parameters out anew if they changed, and make the native update."""
         self.lay_out_anew()
-        # Later fits go on where the one before ended, unless the user seeded torch anew.
-        seed = torch.default_generator.initial_seed()
-        if not self._alone and self._seeded_from != seed:
-            seed_stage(self.generator, seed, self.index)
-            self._seeded_from = seed
+        self._seed_generator()
         self._sgd = self.memory.cpu_sgd(hyper, threads)
+
+    def _seed_generator(self) -> None:
+        """Later fits go on where the one before ended, unless the user's generator was moved: seeded
+        anew, and where the stage is alone, drawn from."""
+        source = self._source_of_seed()
+        if self._seeded_from == source:
+            return
+        self._seeded_from = source
+        if self._alone:
+            # Not torch's own itself: what the loader draws meanwhile would come between.
+            self.generator.set_state(torch.default_generator.get_state())
+        else:
+            seed_stage(self.generator, torch.default_generator.initial_seed(), self.index)
+
+    def _source_of_seed(self) -> int | bytes:
+        if self._alone:
+            return torch.default_generator.get_state().numpy().tobytes()
+        return torch.default_generator.initial_seed()
 
     def end_fit(self) -> None:
         super().end_fit()
@@ -80,7 +94,7 @@ class CpuStage(Stage):
         (own,) = state
         self.generator.set_state(own)
         if self._sgd is None:  # between two fits: the next one goes on from here
-            self._seeded_from = torch.default_generator.initial_seed()
+            self._seeded_from = self._source_of_seed()
 
     @property
     def is_first(self) -> bool:
@@ -116,9 +130,6 @@ class CpuStage(Stage):
     def _draw_own(
         self, compute: Callable[[int, int, int], None], slot: int, copy: int, batch: int
     ) -> None:
-        if self._alone:
-            compute(slot, copy, batch)
-            return
         with drawing_from(self.generator):
             compute(slot, copy, batch)
 

@@ -78,10 +78,10 @@ class FDGRunner:
         graphs: on CUDA devices, whether stages run as captured graphs: ``"auto"``: those that can be
             captured, ``True``: all, or an error; ``False``: none.
 
-    The same seed gives the same bits on every run, however the stages' threads interleave. Several CPU
-    stages draw their random numbers (dropout) from generators of their own (``stage.generator``),
-    seeded from ``torch.initial_seed()`` and the stage's number; torch's own is left alone. A single
-    one draws from torch's own, like plain training.
+    The same seed gives the same bits on every run, however the stages' threads interleave. CPU stages
+    draw their random numbers (dropout) from generators of their own (``stage.generator``), seeded from
+    ``torch.initial_seed()`` and the stage's number; torch's own is left alone. That of a single stage
+    begins where torch's own stands, as in plain training.
 
     Attributes:
         optimizer: ``param_groups`` that any ``torch.optim.lr_scheduler`` can drive.
