@@ -20,6 +20,7 @@ from fdg_cuda.chain import check_output
 from fdg_cuda.errors import AliasedParameterError, said_where
 from fdg_cuda.flat import FlatMemory
 from fdg_cuda.layout import Step
+from fdg_cuda.nested import Nested, map_tensors, repacked, tensors
 
 # Gives (output, batch) of the last stage to whoever computes the loss; returns the scalar loss.
 LossOfBatch = Callable[[Tensor, int], Tensor]
@@ -29,7 +30,8 @@ LossOfBatch = Callable[[Tensor, int], Tensor]
 class Slot:
     """One batch between its forward and its backward."""
 
-    input: Tensor | None = None  # the leaf whose gradient is the error signal for the stage below
+    # The leaf whose gradient is the error signal for the stage below; at stage 0 what entered.
+    input: Nested = None
     root: Tensor | None = None  # the stage's output; at the last stage the loss
 
 
@@ -202,8 +204,8 @@ class Stage(ABC):
         """Whether no stage is above this one."""
 
     @abstractmethod
-    def _take_input(self, batch: int) -> Tensor:
-        """What the stage below sent, or what entered: a leaf that wants a gradient if it can."""
+    def _take_input(self, batch: int) -> Nested:
+        """What the stage below sent, a leaf that wants a gradient if it can; or what entered."""
 
     @abstractmethod
     def _take_error(self, batch: int) -> Tensor | None:
@@ -231,7 +233,7 @@ class Stage(ABC):
             self._check_leaves(held.root, leaf, copy)
             self._leaves_checked = True
 
-    def _compute(self, leaf: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+    def _compute(self, leaf: Nested, batch: int) -> tuple[Tensor, Tensor]:
         """What a backward starts from (at the last stage the loss), and the stage's output."""
         with said_where(f"the forward of batch {batch} at stage {self.index}"):
             output = self._run_layers(leaf, batch)
@@ -241,19 +243,20 @@ class Stage(ABC):
         with said_where(f"the loss of batch {batch}"):
             return self.loss(output, batch), output.detach()
 
-    def _run_layers(self, leaf: Tensor, batch: int) -> Tensor:
+    def _run_layers(self, leaf: Nested, batch: int) -> Tensor:
         """The layers on ``leaf``, which belongs to the stage below (or to the caller's loader).
 
         A stage that begins with an in-place layer must work on a copy. The first batch finds out.
         """
-        value = leaf if self._input_changed_in_place is False else leaf.clone()
-        version = value._version
-        probe = value
+        unchanged = self._input_changed_in_place is False
+        value = repacked(leaf) if unchanged else map_tensors(torch.clone, leaf)
+        probes = [(tensor, tensor._version) for tensor in tensors(value)]
         for layer in self.layers:
             value = layer(value)
+        changed = any(probe._version != version for probe, version in probes)
         if self._input_changed_in_place is None:
-            self._input_changed_in_place = probe._version != version
-        elif not self._input_changed_in_place and probe._version != version:
+            self._input_changed_in_place = changed
+        elif not self._input_changed_in_place and changed:
             raise RuntimeError(
                 f"stage {self.index} changed its input in place at batch {batch} but not at the "
                 f"first batch; make its first layer work out of place (inplace=False)"
@@ -278,7 +281,7 @@ class Stage(ABC):
         if not self.is_first:
             self._pass_down(batch, leaf)
 
-    def _check_leaves(self, root: Tensor, leaf: Tensor, copy: int) -> None:
+    def _check_leaves(self, root: Tensor, leaf: Nested, copy: int) -> None:
         """Refuse what would get a gradient and never be trained."""
         known = {id(leaf), *map(id, self.memory.leaves[copy])}
         for unknown in (x for x in graph_leaves(root) if id(x) not in known):
