@@ -14,6 +14,7 @@ import torch
 from chains import Batch, batches, convolutional, even_split, images, mlp, same_bits
 from in_thread import in_thread
 from nests import KINDS, nested
+from plain import agrees, plain_evaluation, plain_outputs
 from torch import Tensor, nn
 from torch.nn import functional as F
 from traps import Scene, TroubleError
@@ -23,33 +24,6 @@ from fdg_cuda import Evaluation, FDGRunner
 from fdg_cuda.schedule import METHODS
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread", "seeded", "no_thread_left")
-
-
-def plain_outputs(model: nn.Module, data: list[Any]) -> list[Tensor]:
-    plain = copy.deepcopy(model).eval()
-    with torch.no_grad():
-        return [plain(copy.deepcopy(x)) for x, _ in data]
-
-
-def plain_evaluation(
-    model: nn.Module, data: list[Any], loss_fn: Any = F.cross_entropy
-) -> Evaluation:
-    loss, correct, samples = 0.0, 0, 0
-    plain = copy.deepcopy(model).eval()
-    with torch.no_grad():
-        for x, y in data:
-            output = plain(copy.deepcopy(x))
-            loss += float(loss_fn(output, y)) * len(output)
-            if isinstance(y, Tensor):
-                correct += int((output.argmax(1) == y).sum())
-            samples += len(output)
-    accuracy = correct / samples if isinstance(data[0][1], Tensor) else None
-    return Evaluation(loss / samples, accuracy, samples)
-
-
-def agrees(found: Evaluation, expected: Evaluation) -> bool:
-    assert found.loss == pytest.approx(expected.loss, rel=1e-12)
-    return (found.accuracy, found.samples) == (expected.accuracy, expected.samples)
 
 
 @pytest.mark.parametrize("delays", [(0, 0), (1, 500), (2, 500)], ids=str)
@@ -125,16 +99,21 @@ class Meet(nn.Module):
 def test_stages_work_at_the_same_time_each_with_its_share_of_the_cores() -> None:
     barrier = threading.Barrier(2)
     model = nn.Sequential(Meet(barrier, 3), *mlp(layers=4), Meet(barrier, 2))
-    runner = runner_of(model, 2)
-    runner.evaluate(batches(8))
+    runner, callers = runner_of(model, 2), []
+
+    def evaluate() -> None:
+        callers.append(threading.get_ident())
+        runner.evaluate(batches(8))
+
+    # In a thread of its own, with which its pool of intra-op threads ends.
+    in_thread(evaluate).join()
     for meet in (model[0], model[-1]):
         assert isinstance(meet, Meet)
-        (ident, _), *rest = meet.seen
-        assert ident == threading.get_ident()  # the first batch, to see whether it draws
+        (first, _), *rest = meet.seen
+        assert [first] == callers  # the first batch, to see whether it draws random numbers
         assert {threads for _, threads in rest} == {2}
-        assert ident not in {ident for ident, _ in rest}
-        meet.first = -9
-    runner.fit(batches(8), on_epoch=lambda _: runner.evaluate(batches(8)))
+        assert len({ident for ident, _ in meet.seen}) == 2
+    assert model[0].seen[-1] != model[-1].seen[-1]  # type: ignore[union-attr, index]
     assert torch.get_num_threads() == 4
 
 
