@@ -417,7 +417,7 @@ class FDGRunner:
     def _refuse_while_running(self, what: str) -> None:
         if self._predicting and what not in CHANGES_NOTHING:
             raise RuntimeError(
-                f"{what} was called while predict_batches is at work; come to the end of its "
+                f"{what} has to wait while predict_batches is at work: come to the end of its "
                 f"iterator first, or close() it"
             )
         if self._running or (self._fitting and what == "fit"):

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from chains import FEATURES, batches, compare, even_split, mlp, same_bits
+from chains import FEATURES, batches, compare, even_split, mlp, oracle, same_bits
 from nests import KINDS, Take, nested
 from refusals import refused
 from torch import nn
+from torch.nn import functional as F
 from versions import TOLERANCE, runner_of, state
 
 from fdg_cuda.mail import ALIGNMENT, NestedForm, extent, fill
@@ -39,6 +40,24 @@ def test_gives_the_bits_of_plain_batches_whatever_the_timing(method: str) -> Non
     runner._machine.injected_delays = (3, 300)  # type: ignore[attr-defined]
     runner.fit([((x[:, :3], x[:, 3:]), y) for x, y in batches(9)], epochs=2)
     assert same_bits(nn.Sequential(*model[1:]).state_dict(), state(plain))
+
+
+@pytest.mark.parametrize("stages", [1, 3])
+def test_the_oracle_itself(stages: int) -> None:
+    """Nested batches give it the numbers of the plain ones, to the bit."""
+    model = nn.Sequential(Take(lambda x: torch.cat([x["a"][0], x["b"]], dim=1) / 2), *mlp())
+    data = batches(5)
+    split = even_split(8, stages)
+    _, plain = oracle(mlp(), split, data)
+    _, found = oracle(
+        model,
+        [index + 1 for index in split],
+        [({"a": (x[:, :3], 1), "b": x[:, 3:]}, [y]) for x, y in data],
+        loss_fn=lambda output, target: F.cross_entropy(output, target[0]),
+    )
+    assert found.losses == plain.losses
+    with pytest.raises(TypeError, match="nested or not"):
+        oracle(model, split, [({"a": 1}, data[0][1])])
 
 
 @pytest.mark.parametrize("kind", KINDS)
