@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from chains import batches, compare, even_split
+from chains import batches, compare, even_split, same_bits
 from nests import KINDS, nested
 
+from fdg_cuda import FDGRunner
 from fdg_cuda.accelerator import accelerator
 
 TOLERANCE = 1e-10
@@ -48,3 +49,16 @@ def test_another_plain_value_is_another_form() -> None:
         loss_fn=loss,
     )
     assert difference < TOLERANCE
+
+
+def test_the_timing_changes_no_bit() -> None:
+    found = []
+    for delays in ((0, 0), (1, 300), (2, 300)):
+        model, data, loss = nested("deep", batches(7))
+        runner = FDGRunner(model, [0, 1, 1], split=[3, 6], loss_fn=loss, graphs=True)
+        runner._machine.injected_delays = delays  # type: ignore[attr-defined]
+        losses = runner.fit(data, epochs=2).batch_losses
+        found.append((losses, runner.evaluate(data), runner.state_dict()))
+    for losses, evaluation, state in found[1:]:
+        assert (losses, evaluation) == found[0][:2]
+        assert same_bits(state, found[0][2])
