@@ -77,7 +77,7 @@ class Holdings:
             taken = self.stage._take_input
 
             def take(batch: int) -> Tensor:
-                tensor = taken(batch)
+                tensor: Tensor = taken(batch)
                 known.add(tensor.untyped_storage().data_ptr())
                 return tensor
 

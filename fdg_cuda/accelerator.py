@@ -60,6 +60,11 @@ class Accelerator(ABC):
         """Wait for everything on the device. Never while ticks run."""
 
     @abstractmethod
+    def mark(self, ordinal: int) -> Callable[[], None]:
+        """What waits on the host until what torch enqueued on the device's current stream up to now
+        is done."""
+
+    @abstractmethod
     def pinned(self, size: int) -> Tensor:
         """``size`` bytes of page-locked host memory."""
 
@@ -135,6 +140,11 @@ class TorchCuda(Accelerator):
 
     def synchronize(self, ordinal: int) -> None:
         torch.cuda.synchronize(ordinal)
+
+    def mark(self, ordinal: int) -> Callable[[], None]:
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(ordinal))
+        return event.synchronize
 
     def pinned(self, size: int) -> Tensor:
         return torch.empty(size, dtype=torch.uint8, pin_memory=True)

@@ -8,7 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-Batch = tuple[Tensor, Tensor]
+from fdg_cuda.nested import Nested, check_nested
+
+Batch = tuple[Nested, Nested]
 Loader = Iterable[Any]
 
 
@@ -16,7 +18,7 @@ def check_batch(item: Any, number: int) -> Batch:
     """``item`` as (input, target).
 
     Raises:
-        TypeError: it is no pair of tensors.
+        TypeError: it is no pair, or input or target is no (nested) tensor.
         ValueError: input and target have different lengths, or none at all.
     """
     if not isinstance(item, (tuple, list)) or len(item) != 2:
@@ -25,28 +27,39 @@ def check_batch(item: Any, number: int) -> Batch:
             got += f" of {len(item)}"
         raise TypeError(f"batch {number}: the loader must yield pairs (input, target); got {got}")
     x, y = item
-    for name, value in (("input", x), ("target", y)):
-        if isinstance(value, (tuple, list)) and any(isinstance(part, Tensor) for part in value):
-            raise TypeError(
-                f"batch {number}: the {name} is a {type(value).__name__} of {len(value)} parts, but a "
-                f"chain takes one tensor and the loss another; torch.stack or torch.cat them, and "
-                f"take them apart in the first layer or in loss_fn"
-            )
-        if not isinstance(value, Tensor):
-            raise TypeError(
-                f"batch {number}: the {name} must be a tensor; got a {type(value).__name__}. "
-                f"torch.as_tensor converts numpy arrays and lists."
-            )
-        if value.ndim == 0 or len(value) == 0:
-            raise ValueError(
-                f"batch {number}: the {name} holds no samples (shape {tuple(value.shape)})"
-            )
-    if len(x) != len(y):
+    samples = check_nested(x, f"batch {number}: the input")
+    targets = check_nested(y, f"batch {number}: the target")
+    if samples != targets:
+        nested = not (isinstance(x, Tensor) and isinstance(y, Tensor))
         raise ValueError(
-            f"batch {number}: the input holds {len(x)} samples but the target {len(y)}; the first "
-            f"dimension of both must be the batch"
+            f"batch {number}: the input holds {samples} samples but the target {targets}; the first "
+            f"dimension of {'the first tensor in ' if nested else ''}both must be the batch"
         )
     return x, y
+
+
+def only_inputs(loader: Loader) -> Iterator[Nested]:
+    """The inputs a loader yields: of pairs (input, target) the first part.
+
+    Raises:
+        TypeError, ValueError: on reading, where there is no input.
+    """
+    if not isinstance(loader, Iterable) or isinstance(loader, Tensor):
+        raise TypeError(
+            f"the loader must be iterable and yield inputs, or pairs (input, target); got a "
+            f"{type(loader).__name__}. For one input there is runner.predict(x)."
+        )
+    for number, item in enumerate(loader):
+        if isinstance(item, (tuple, list)):
+            if len(item) not in (1, 2):
+                raise TypeError(
+                    f"batch {number}: the loader must yield inputs, or pairs (input, target); got a "
+                    f"{type(item).__name__} of {len(item)}. An input that is a tuple itself goes into "
+                    f"a pair: (input, None)."
+                )
+            item = item[0]
+        check_nested(item, f"batch {number}: the input")
+        yield item
 
 
 class Batches:

@@ -166,6 +166,18 @@ def check_output(value: Any, what: str) -> Tensor:
     return value
 
 
+def check_scalar(loss: Any) -> Tensor:
+    """``loss`` if it is what a loss function returns.
+
+    Raises:
+        TypeError: it is no scalar tensor.
+    """
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise TypeError(f"loss_fn must return a scalar tensor, the mean over the batch; got {got}")
+    return loss
+
+
 def check_loss(loss: Any, batch: int) -> Tensor:
     """``loss`` if training can start from it.
 
@@ -173,12 +185,10 @@ def check_loss(loss: Any, batch: int) -> Tensor:
         TypeError: it is no scalar tensor.
         ValueError: nothing trainable had a part in it.
     """
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise TypeError(f"loss_fn must return a scalar tensor, the mean over the batch; got {got}")
-    if not loss.requires_grad:
+    scalar = check_scalar(loss)
+    if not scalar.requires_grad:
         raise ValueError(
             f"the loss of batch {batch} depends on no trainable parameter (was the output detached, "
             f"or the loss computed under no_grad?)"
         )
-    return loss
+    return scalar

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-import threading
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from fdg_cuda._core import Scheduler, keep_freed_memory, return_freed_memory
@@ -15,9 +13,11 @@ from fdg_cuda.backward_weights import BackwardWeights
 from fdg_cuda.batches import Batch
 from fdg_cuda.chain import check_loss
 from fdg_cuda.cpu_stage import CpuStage
+from fdg_cuda.cpu_threads import set_threads_of_streams
 from fdg_cuda.interrupts import Interrupts
 from fdg_cuda.layout import CpuLayout
 from fdg_cuda.metrics import count_correct
+from fdg_cuda.nested import Nested, cloned, sample_count
 from fdg_cuda.optim import DelayedSGD
 from fdg_cuda.pipeline import MAX_TICKS_IN_FLIGHT, LossFunction, Pipeline
 from fdg_cuda.program import Program
@@ -25,9 +25,6 @@ from fdg_cuda.randomness import reroute_generator, restore_generator
 from fdg_cuda.recorder import Recorder
 from fdg_cuda.schedule import Schedule
 from fdg_cuda.timeline import Lane
-
-# Held by whoever changes torch's default number of intra-op threads, or relies on it.
-torch_threads = threading.Lock()
 
 
 class CpuPipeline(Pipeline):
@@ -56,7 +53,7 @@ class CpuPipeline(Pipeline):
             schedule, stages, loss_fn, optimizer, interrupts=interrupts, recorder=recorder
         )
         self._stages = list(stages)
-        self._targets: dict[int, Tensor] = {}
+        self._targets: dict[int, Nested] = {}
         # Before the stages' threads start: a thread keeps the arena it begins with.
         if os.environ.get("FDG_KEEP_FREED_MEMORY", "1") != "0":
             keep_freed_memory()
@@ -71,7 +68,7 @@ class CpuPipeline(Pipeline):
             max_delay_us=delays[1],
         )
         try:
-            self._set_threads(threads)
+            set_threads_of_streams(self._scheduler, schedule.stages, threads)
             reroute_generator()
             self._rerouted = True
             for stage in self._stages:
@@ -91,8 +88,8 @@ class CpuPipeline(Pipeline):
         return_freed_memory()
 
     def _put(self, number: int, batch: Batch) -> None:
-        self._stages[0].inputs[number] = batch[0].detach().clone()
-        self._targets[number] = batch[1].detach().clone()
+        self._stages[0].inputs[number] = cloned(batch[0])
+        self._targets[number] = cloned(batch[1])
 
     def _loss(self, output: Tensor, batch: int) -> Tensor:
         """Runs on the last stage's stream."""
@@ -102,37 +99,5 @@ class CpuPipeline(Pipeline):
         value = loss.item()
         if not math.isfinite(value):
             raise self._non_finite(value, batch)
-        self.results.append((value, len(target), count_correct(output.detach(), target)))
+        self.results.append((value, sample_count(target), count_correct(output.detach(), target)))
         return loss
-
-    def _set_threads(self, threads: int) -> None:
-        """Every stage's thread computes with ``threads`` intra-op threads from now on.
-
-        torch makes the count set last, by whatever thread, the default of threads to come. So it is
-        put back at once, and other runners are kept from reading it meanwhile.
-        """
-        with torch_threads:
-            previous = torch.get_num_threads()
-            try:
-                self._set_threads_of_stages(threads)
-            finally:
-                torch.set_num_threads(previous)
-
-    def _set_threads_of_stages(self, threads: int) -> None:
-        def set_threads(_: int) -> None:
-            torch.get_num_threads()  # or the thread's first use of its count resets it to the default
-            torch.set_num_threads(threads)
-
-        # One stage at a time: torch resizes a pool all threads share.
-        for stage in range(self._schedule.stages):
-            action = self._scheduler.add_action(
-                code="T",
-                stage=stage,
-                slot=0,
-                stream=stage,
-                reads=[],
-                writes=[],
-                work=set_threads,
-            )
-            self._scheduler.submit(self._scheduler.add_tick([(action, 0)]), 0)
-            self._scheduler.synchronize()

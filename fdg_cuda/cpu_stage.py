@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fdg_cuda._core import FlatSgd, Work
 from fdg_cuda.backward_weights import BackwardWeights
 from fdg_cuda.layout import INBOX_HALVES, Step
+from fdg_cuda.nested import Nested
 from fdg_cuda.randomness import RandomState, drawing_from, seed_stage
 from fdg_cuda.schedule import Kind
 from fdg_cuda.stage import Stage, wants_gradient
@@ -44,7 +45,7 @@ class CpuStage(Stage):
         # Wiring, set by the runner.
         self.below: CpuStage | None = None
         self.above: CpuStage | None = None
-        self.inputs: dict[int, Tensor] = {}  # stage 0: batches that entered, by number
+        self.inputs: dict[int, Nested] = {}  # stage 0: batches that entered, by number
         self._sgd: FlatSgd | None = None
         # Mail: what the neighbours sent, and what this stage is about to send.
         self._activations: list[Tensor | None] = [None] * INBOX_HALVES
@@ -139,7 +140,7 @@ class CpuStage(Stage):
         assert self._sgd is not None, "begin_fit comes first"
         return self._sgd
 
-    def _take_input(self, batch: int) -> Tensor:
+    def _take_input(self, batch: int) -> Nested:
         if self.below is None:
             return self.inputs.pop(batch)
         half = batch % INBOX_HALVES

@@ -26,7 +26,8 @@ from fdg_cuda.accelerator import Graph, accelerator
 from fdg_cuda.buffers import SavedBuffers
 from fdg_cuda.cuda_stage import CudaStage
 from fdg_cuda.errors import CaptureError, DeviceOutOfMemoryError
-from fdg_cuda.mail import Form, addresses, laid_out_like, without_gaps, word
+from fdg_cuda.mail import Form, addresses, extent, laid_out_like, without_gaps, word
+from fdg_cuda.nested import Nested
 
 logger = logging.getLogger("fdg_cuda")
 
@@ -42,8 +43,8 @@ Words = tuple[int, list[int]]
 class SlotGraphs:
     """The graphs of one slot and the memory they read and write."""
 
-    input: Tensor
-    target: Tensor | None
+    input: Nested
+    target: Nested  # None but at the last stage
     root: Tensor  # keeps the autograd graph, and with it the activations, alive
     sent: Tensor | None = None  # what goes up; None at the last stage
     error: Tensor | None = None  # where the error signal is taken in
@@ -145,9 +146,10 @@ class StageGraphs:
         stage, graphs = self._stage, self._slots[slot]
         assert graphs.forward is not None
         sent = 0 if stage.is_first else word(stage.inbox.sent, half)[0]
-        intakes = [_intake(word(stage.inbox.address, half)[0], graphs.input, sent)]
+        intakes = [_intake(word(stage.inbox.address, half)[0], extent(graphs.input), sent)]
         if graphs.target is not None:
-            intakes.append(_intake(word(stage.targets.address, half)[0], graphs.target, 0))
+            source = word(stage.targets.address, half)[0]
+            intakes.append(_intake(source, extent(graphs.target), 0))
         words: list[Words] = []
         if stage.above is not None:
             assert graphs.sent is not None
@@ -167,7 +169,7 @@ class StageGraphs:
         intakes: list[Intake] = []
         if graphs.error is not None:
             source, sent = word(stage.errors.address, half)[0], word(stage.errors.sent, half)[0]
-            intakes.append(_intake(source, graphs.error, sent))
+            intakes.append(_intake(source, extent(graphs.error), sent))
         row = stage.memory.gradient_table[slot]
         words: list[Words] = [(int(row.ctypes.data), list(graphs.gradients))]
         if stage.below is not None:
@@ -301,7 +303,7 @@ class StageGraphs:
         """Of the parameters, laid out as the update reads them, and of the input."""
         stage = self._stage
         leaves = stage.memory.leaves[copy]
-        wanted = [graphs.input] if graphs.input.requires_grad else []
+        wanted = [] if stage.is_first or not graphs.input.requires_grad else [graphs.input]
         found = torch.autograd.grad(
             [root],
             [*leaves, *wanted],
@@ -354,8 +356,8 @@ class StageGraphs:
         ]
 
 
-def _intake(source: int, target: Tensor, sent: int) -> Intake:
-    return source, target.data_ptr(), target.nbytes, sent
+def _intake(source: int, target: tuple[int, int], sent: int) -> Intake:
+    return source, *target, sent
 
 
 def _why_not(layers: Sequence[nn.Module]) -> str | None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Generator, Iterator, Sequence
+from functools import cache, partial
 from itertools import pairwise
 
 import torch
@@ -14,12 +14,15 @@ from fdg_cuda import _core
 from fdg_cuda.accelerator import accelerator
 from fdg_cuda.backward_weights import BackwardWeights
 from fdg_cuda.batches import Batch
+from fdg_cuda.cuda_inference import run_stages
 from fdg_cuda.cuda_pipeline import CudaPipeline
 from fdg_cuda.cuda_stage import REPLAY_IS_EAGER, CudaStage
+from fdg_cuda.inference import Finish, one_by_one
 from fdg_cuda.interrupts import Interrupts
 from fdg_cuda.layer_times import remembered
 from fdg_cuda.layout import replaying
 from fdg_cuda.machine import Machine
+from fdg_cuda.nested import Nested, moved
 from fdg_cuda.optim import DelayedSGD
 from fdg_cuda.pipeline import LossFunction, Pipeline
 from fdg_cuda.recorder import Recorder
@@ -134,7 +137,7 @@ class CudaMachine(Machine):
                 layer.to(device)
             return measure(
                 layers,
-                (batch[0].to(device), batch[1].to(device)),
+                (moved(batch[0], device), moved(batch[1], device)),
                 loss_fn,
                 threads=torch.get_num_threads(),
                 synchronize=lambda: accelerator().synchronize(ordinal),
@@ -153,18 +156,27 @@ class CudaMachine(Machine):
                 accelerator().release()
                 for layer in layers:
                     layer.to("cpu")
-                cpu = (batch[0].cpu(), batch[1].cpu())
+                host = torch.device("cpu")
+                cpu = (moved(batch[0], host), moved(batch[1], host))
                 return measure(layers, cpu, loss_fn, threads=torch.get_num_threads())
 
         return remembered(layers, batch, 1, measured, device=accelerator().name(ordinal))
 
-    def forward(self, model: nn.Sequential, x: Tensor) -> Tensor:
+    def forward(self, model: nn.Sequential, x: Nested) -> Tensor:
         if not self._stages:
             # On the CPU, or where its layers were measured.
-            output: Tensor = model(x.to(next(model.parameters()).device))
+            output: Tensor = model(moved(x, next(model.parameters()).device))
             return output
         for stage in self._stages:
-            x = x.to(stage.device)
+            x = moved(x, stage.device)
             for layer in stage.layers:
                 x = layer(x)
-        return x
+        result: Tensor = x
+        return result
+
+    def inference(
+        self, model: nn.Sequential, batches: Iterator[Batch], finish: Finish, *, to_host: bool
+    ) -> Generator[Tensor, None, None]:
+        if self._stages:
+            return run_stages(self._stages, batches, finish, to_host=to_host)
+        return one_by_one(partial(self.forward, model), batches, finish, to_host=to_host)

@@ -16,7 +16,8 @@ from fdg_cuda.batches import Batch
 from fdg_cuda.cuda_stage import METRICS, CudaFit, CudaStage
 from fdg_cuda.interrupts import Interrupts
 from fdg_cuda.layout import INBOX_HALVES, CudaLayout
-from fdg_cuda.mail import Form, Outbox
+from fdg_cuda.mail import Form, NestedForm, Outbox
+from fdg_cuda.nested import sample_count
 from fdg_cuda.optim import DelayedSGD
 from fdg_cuda.pipeline import MAX_TICKS_IN_FLIGHT, LossFunction, Pipeline
 from fdg_cuda.program import Program
@@ -55,7 +56,8 @@ class CudaPipeline(Pipeline):
             schedule, stages, loss_fn, optimizer, interrupts=interrupts, recorder=recorder
         )
         self._stages = list(stages)
-        self._regular: tuple[Form, Form] | None = None  # of the first batch's input and target
+        # Of the first batch's input and target.
+        self._regular: tuple[Form | NestedForm, ...] | None = None
         self._samples = np.zeros(self._rows, dtype=np.int64)
         layout = CudaLayout(schedule, mode, staged=staged)
         self._lanes = [Lane(layout.stage_of(i), name) for i, name in enumerate(layout.streams)]
@@ -114,7 +116,7 @@ class CudaPipeline(Pipeline):
         self._regular = forms if self._regular is None else self._regular
         row = number % self._rows
         fit.regular[:, row] = forms == self._regular
-        self._samples[row] = len(batch[1])
+        self._samples[row] = sample_count(batch[1])
         half = number % INBOX_HALVES
         self._stages[0].inbox.reserve(half, form_of_input.nbytes)
         self._stages[-1].targets.reserve(half, form_of_target.nbytes)

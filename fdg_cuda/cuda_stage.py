@@ -30,6 +30,7 @@ from fdg_cuda.flat import DTYPES
 from fdg_cuda.layout import INBOX_HALVES, CudaLayout, Step, Transfer
 from fdg_cuda.mail import Form, Inbox, Outbox, laid_out_like, turns, without_gaps, word
 from fdg_cuda.metrics import correct_on_device
+from fdg_cuda.nested import Nested
 from fdg_cuda.randomness import RandomState
 from fdg_cuda.schedule import Kind
 from fdg_cuda.stage import Snapshot, Stage, wants_gradient
@@ -106,7 +107,7 @@ class CudaStage(Stage):
         self._fit: CudaFit | None = None
         self._sgd: _core.CudaSgd | None = None
         self._graphs: StageGraphs | None = None
-        self._target: Tensor | None = None  # of the batch whose loss is computed
+        self._target: Nested = None  # of the batch whose loss is computed
 
     # -- on the caller's thread, with nothing running ------------------------------------------
 
@@ -311,22 +312,24 @@ class CudaStage(Stage):
         with self.enqueuing():
             self._backward(slot, copy, batch, slot)
 
-    def take_target(self, batch: int) -> Tensor:
+    def take_target(self, batch: int) -> Nested:
         """A copy of the labels of ``batch``: the inbox is written again before the backward."""
         half = batch % INBOX_HALVES
-        return self.targets.view(half, self.fit.targets.form(batch)).clone()
+        return self.targets.copy(half, self.fit.targets.form(batch))
 
-    def _take_input(self, batch: int) -> Tensor:
+    def _take_input(self, batch: int) -> Nested:
         half = batch % INBOX_HALVES
-        form = self.fit.inputs.form(batch) if self.is_first else self.inbox.form(half)
+        if self.is_first:
+            return self.inbox.copy(half, self.fit.inputs.form(batch))
+        form = self.inbox.form(half)
         assert form is not None, f"no activation of batch {batch} at stage {self.index}"
-        leaf = self.inbox.view(half, form).clone()
-        return leaf.requires_grad_(not self.is_first and wants_gradient(leaf))
+        leaf: Tensor = self.inbox.copy(half, form)
+        return leaf.requires_grad_(wants_gradient(leaf))
 
     def _take_error(self, batch: int) -> Tensor | None:
         # A copy: gradients may be views of it, and the inbox is written again before the update.
         form = self.errors.form(batch % INBOX_HALVES)
-        return None if form is None else self.errors.view(batch % INBOX_HALVES, form).clone()
+        return None if form is None else self.errors.copy(batch % INBOX_HALVES, form)
 
     def _pass_up(self, slot: int, batch: int, output: Tensor) -> None:
         assert self.above is not None
@@ -362,7 +365,6 @@ class CudaStage(Stage):
 
     def _loss(self, output: Tensor, batch: int) -> Tensor:
         """The loss of ``output``, which goes to :attr:`metrics` too."""
-        assert self._target is not None
         loss = check_loss(self.fit.loss_fn(output, self._target), self._first_batch + batch)
         correct = correct_on_device(output.detach(), self._target)
         self.metrics.copy_(torch.stack([loss.detach().double().reshape(()), correct]))

@@ -35,6 +35,7 @@ class Fit:
         optimizer: stepped for every batch that enters.
         history: filled.
         callbacks: told of everything.
+        before_epoch: called before an epoch is trained, behind all callbacks; may refuse.
         lr_scheduler: stepped after every batch that entered, or every epoch, as ``lr_step`` says.
         state: of this fit, where it is kept.
         saver: writes checkpoints; with one, signals stop the fit at a drained point.
@@ -50,6 +51,7 @@ class Fit:
         optimizer: DelayedSGD,
         history: History,
         callbacks: Sequence[Callback],
+        before_epoch: Callable[[], object] = lambda: None,
         lr_scheduler: Any = None,
         lr_step: str = "epoch",
         state: TrainingState | None = None,
@@ -62,6 +64,7 @@ class Fit:
         self._optimizer = optimizer
         self._history = history
         self._callbacks = callbacks
+        self._before_epoch = before_epoch
         self._step_batch = lr_scheduler.step if lr_scheduler and lr_step == "batch" else None
         self._step_epoch = lr_scheduler.step if lr_scheduler and lr_step == "epoch" else None
         self._state = state
@@ -122,6 +125,7 @@ class Fit:
         epoch = self._epoch
         if epoch.batches == 0:
             self._tell("on_epoch_start", epoch.number)
+        self._before_epoch()
         batches = self._batches.epoch(epoch.batches)
         if self._state is not None:
             self._state.after_passing_over()

@@ -1,59 +1,154 @@
-"""The whole model in evaluation mode: what a runner evaluates and predicts with."""
+"""Evaluation and prediction: the stages forward in evaluation mode, without gradients.
+
+How batches go through the stages is the machine's: see :mod:`fdg_cuda.cpu_inference` and
+:mod:`fdg_cuda.cuda_inference`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import math
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from fdg_cuda.batches import Batches, Loader
-from fdg_cuda.metrics import Average, Evaluation, count_correct
+from fdg_cuda._core import fit_begins, fit_ends
+from fdg_cuda.batches import Batch, Batches, Loader, only_inputs
+from fdg_cuda.chain import check_scalar
+from fdg_cuda.errors import said_where
+from fdg_cuda.interrupts import Interrupts
+from fdg_cuda.metrics import Average, Evaluation, correct_on_device
+from fdg_cuda.nested import Nested, check_nested, cloned, moved, sample_count, tensors
+
+if TYPE_CHECKING:
+    from fdg_cuda.machine import Machine
+    from fdg_cuda.pipeline import LossFunction
+
+# (the model's output, the target on its device) -> what is wanted of them, one tensor.
+Finish = Callable[[Tensor, Nested], Tensor]
+END = object()
 
 
 def evaluate(
-    model: nn.Module,
-    forward: Callable[[Tensor], Tensor],
-    loader: Loader,
-    loss_fn: Callable[[Tensor, Tensor], Tensor],
+    machine: Machine, model: nn.Sequential, loader: Loader, loss_fn: LossFunction
 ) -> Evaluation:
-    """Loss and accuracy of ``model``, called by ``forward``, over ``loader``, averaged over samples.
+    """Loss and accuracy of ``model`` over ``loader``, averaged over samples.
 
     Raises:
         TypeError, ValueError: the loader gives no (input, target) pairs.
     """
     average = Average()
-    with _inference(model):
-        for x, y in Batches(loader).epoch():
-            output = forward(x.clone())  # its first layer may work in place
-            y = y.to(output.device)
-            average.add(float(loss_fn(output, y)), len(x), count_correct(output, y))
+    samples: deque[int] = deque()
+
+    def entering() -> Iterator[Batch]:
+        for batch in Batches(loader).epoch():
+            samples.append(sample_count(batch[0]))
+            yield batch
+
+    def finish(output: Tensor, target: Nested) -> Tensor:
+        loss = check_scalar(loss_fn(output, target)).to(output.device)
+        return torch.stack([loss.double().reshape(()), correct_on_device(output, target)])
+
+    with _awaited(), Interrupts() as interrupts, _evaluation_mode(model):
+        results = machine.inference(model, entering(), finish, to_host=True)
+        with closing(results), interrupts.allowed():
+            for result in results:
+                loss, correct = result.tolist()
+                answers = None if math.isnan(correct) else round(correct)
+                average.add(loss, samples.popleft(), answers)
     return average.result()
 
 
-def predict(model: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """``model``'s output for ``x``, on ``x``'s device and without gradient.
+def predict(machine: Machine, model: nn.Sequential, x: Nested) -> Tensor:
+    """``model``'s output for ``x``, on the device of ``x``.
 
     Raises:
-        TypeError: ``x`` is no tensor.
+        TypeError, ValueError: ``x`` is no input of a chain.
     """
-    if not isinstance(x, Tensor):
-        raise TypeError(
-            f"predict takes a tensor; got a {type(x).__name__}. For a loader: "
-            f"torch.cat([runner.predict(x) for x, _ in loader])"
-        )
-    with _inference(model):
-        return forward(x.clone()).to(x.device)
+    try:
+        check_nested(x, "predict takes the input of one batch, which")
+    except TypeError as error:
+        raise TypeError(f"{error} For a loader: runner.predict_batches(loader).") from None
+    with _evaluation_mode(model), torch.no_grad():
+        return machine.forward(model, cloned(x)).to(home_of(x))
+
+
+def predict_batches(
+    machine: Machine, model: nn.Sequential, loader: Loader
+) -> Generator[Tensor, None, None]:
+    """``model``'s output for each batch of ``loader``, in order, each on the device of its input.
+
+    Raises:
+        TypeError, ValueError: the loader gives no inputs.
+    """
+    batches = ((x, None) for x in only_inputs(loader))
+    with _evaluation_mode(model):
+        results = machine.inference(model, batches, lambda output, _: output, to_host=False)
+        with closing(results):
+            while True:
+                # Not around the yield: between two outputs the caller is at work.
+                with _awaited(), Interrupts() as interrupts, interrupts.allowed():
+                    output = next(results, END)
+                if output is END:
+                    return
+                assert isinstance(output, Tensor)
+                yield output
+
+
+def one_by_one(
+    forward: Callable[[Nested], Tensor],
+    batches: Iterator[Batch],
+    finish: Finish,
+    *,
+    to_host: bool,
+    first: int = 0,
+) -> Generator[Tensor, None, None]:
+    """Batch after batch through the whole model, on the caller's thread.
+
+    Args:
+        forward: of the model; may change its input.
+        first: the number of the first batch, for what is said of exceptions.
+    """
+    for number, (x, y) in enumerate(batches, first):
+        with torch.no_grad():
+            with said_where(f"the forward of batch {number}"):
+                output = forward(cloned(x))
+            with said_where(f"the loss of batch {number}"):
+                result = finish(output, moved(y, output.device))
+            result = result.to("cpu" if to_host else home_of(x))
+        yield result
+
+
+def home_of(x: Nested) -> torch.device:
+    """The device of ``x``'s first tensor."""
+    return tensors(x)[0].device
 
 
 @contextmanager
-def _inference(model: nn.Module) -> Iterator[None]:
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     try:
-        with torch.no_grad():
-            yield
+        with Interrupts():  # of all modules or of none
+            model.eval()
+        yield
     finally:
-        for module, training in modes:
-            module.training = training
+        with Interrupts():
+            for module, training in modes:
+                module.training = training
+
+
+@contextmanager
+def _awaited() -> Iterator[None]:
+    """The interpreter's end waits for what other threads than the main one do within."""
+    if threading.current_thread() is threading.main_thread():
+        yield
+        return
+    fit_begins()
+    try:
+        yield
+    finally:
+        fit_ends()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -55,6 +57,15 @@ class Interrupts:
     def hold(self) -> None:
         """From here on a Ctrl-C waits."""
         self._allowed = False
+
+    @contextmanager
+    def allowed(self) -> Iterator[None]:
+        """``allow`` on entering, ``hold`` on leaving."""
+        self.allow()
+        try:
+            yield
+        finally:
+            self.hold()
 
     def _take_over(self, number: int) -> None:
         previous = signal.getsignal(number)

@@ -21,6 +21,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from fdg_cuda.batches import Batch
+from fdg_cuda.nested import map_tensors
+
 logger = logging.getLogger("fdg_cuda")
 
 _known: dict[str, list[float]] = {}
@@ -37,7 +40,7 @@ def cache_file() -> Path | None:
 
 def remembered(
     layers: Sequence[nn.Module],
-    batch: tuple[Tensor, Tensor],
+    batch: Batch,
     threads: int,
     measure: Callable[[], list[float]],
     *,
@@ -55,9 +58,7 @@ def remembered(
     return _known[key]
 
 
-def _key(
-    layers: Sequence[nn.Module], batch: tuple[Tensor, Tensor], threads: int, device: str
-) -> str:
+def _key(layers: Sequence[nn.Module], batch: Batch, threads: int, device: str) -> str:
     def shape(tensor: Tensor) -> str:
         return f"{tuple(tensor.shape)} {tensor.stride()} {tensor.dtype}"
 
@@ -67,7 +68,7 @@ def _key(
         _cpu_name(),
         str(threads),
         device,
-        *map(shape, batch),
+        *(str(map_tensors(shape, part)) for part in batch),
         *(
             f"{layer} {[(name, shape(p), p.requires_grad) for name, p in layer.named_parameters()]}"
             for layer in layers

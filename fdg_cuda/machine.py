@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from fdg_cuda.backward_weights import BackwardWeights
 from fdg_cuda.batches import Batch
-from fdg_cuda.cpu_pipeline import CpuPipeline, torch_threads
+from fdg_cuda.cpu_inference import CpuInference
+from fdg_cuda.cpu_pipeline import CpuPipeline
 from fdg_cuda.cpu_stage import CpuStage
+from fdg_cuda.cpu_threads import share_of_cores
+from fdg_cuda.inference import Finish, one_by_one
 from fdg_cuda.interrupts import Interrupts
 from fdg_cuda.layer_times import remembered
+from fdg_cuda.nested import Nested
 from fdg_cuda.optim import DelayedSGD
 from fdg_cuda.pipeline import LossFunction, Pipeline
 from fdg_cuda.recorder import Recorder
@@ -55,8 +61,23 @@ class Machine(ABC):
         """Seconds each layer takes for forward plus backward on one of the devices."""
 
     @abstractmethod
-    def forward(self, model: nn.Sequential, x: Tensor) -> Tensor:
+    def forward(self, model: nn.Sequential, x: Nested) -> Tensor:
         """``model``'s output for ``x``, wherever its layers are."""
+
+    @abstractmethod
+    def inference(
+        self, model: nn.Sequential, batches: Iterator[Batch], finish: Finish, *, to_host: bool
+    ) -> Generator[Tensor, None, None]:
+        """What ``finish`` makes of ``model``'s output and the target of each batch, in order.
+
+        Reads a bounded number of batches ahead. The results do not depend on timing, and random
+        numbers are drawn as by a plain pass batch after batch. Closed (as a generator is) before its
+        end, it leaves nothing running.
+
+        Args:
+            model: what the stages were made of, in evaluation mode.
+            to_host: whether results come to the host; else to where their inputs are.
+        """
 
 
 class CpuMachine(Machine):
@@ -111,11 +132,47 @@ class CpuMachine(Machine):
             layers, batch, threads, lambda: measure(layers, batch, loss_fn, threads=threads)
         )
 
-    def forward(self, model: nn.Sequential, x: Tensor) -> Tensor:
+    def forward(self, model: nn.Sequential, x: Nested) -> Tensor:
         output: Tensor = model(x)
         return output
 
+    def inference(
+        self, model: nn.Sequential, batches: Iterator[Batch], finish: Finish, *, to_host: bool
+    ) -> Generator[Tensor, None, None]:
+        plainly = partial(one_by_one, partial(self.forward, model), finish=finish, to_host=to_host)
+        # In "bp" one stage at a time is at work, with all cores: nothing else is done here.
+        if len(self._stages) < 2 or self.schedule.method == "bp" or _caller_has_settings():
+            yield from plainly(batches)
+            return
+        # The first batch finds out whether the model draws random numbers: stages would draw them in
+        # an order that depends on timing.
+        first = next(batches, None)
+        if first is None:
+            return
+        before = torch.get_rng_state()
+        results = list(plainly(iter([first])))
+        draws = not torch.equal(torch.get_rng_state(), before)
+        yield from results
+        if draws:
+            yield from plainly(batches, first=1)
+            return
+        inference = CpuInference(
+            [stage.layers for stage in self._stages],
+            finish,
+            threads=self._threads_per_stage(),
+            first=1,
+            delays=self.injected_delays,
+        )
+        with closing(inference):
+            yield from inference.run(batches)
+
     def _threads_per_stage(self) -> int:
-        with torch_threads:
-            cores = self._cpu_threads or torch.get_num_threads()
-        return cores if self.schedule.method == "bp" else max(1, cores // self.schedule.stages)
+        at_once = 1 if self.schedule.method == "bp" else self.schedule.stages
+        return share_of_cores(self._cpu_threads, at_once)
+
+
+def _caller_has_settings() -> bool:
+    """Whether the caller is inside of a context manager that torch keeps per thread, so that stages'
+    threads would not see it: ``torch.autocast``, ``torch.device``, flop counters and the like."""
+    modes: int = torch._C._len_torch_function_stack() + torch._C._len_torch_dispatch_stack()
+    return modes > 0 or torch.is_autocast_enabled("cpu")

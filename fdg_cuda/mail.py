@@ -12,9 +12,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from fdg_cuda.accelerator import Lane, accelerator
 from fdg_cuda.layout import INBOX_HALVES
+from fdg_cuda.nested import Nested, map_tensors, tensors
+
+ALIGNMENT = 256  # bytes; that of CUDA's own allocations
 
 Word = tuple[int, int]  # address of the first word, and how many take turns with the batches
 
@@ -49,6 +53,55 @@ class Form:
     def view(self, memory: Tensor) -> Tensor:
         """The beginning of ``memory`` (bytes) as a tensor of this form."""
         return memory[: self.nbytes].view(self.dtype).as_strided(self.shape, self.stride)
+
+
+@dataclass(frozen=True)
+class NestedForm:
+    """How the tensors of a nested input or target lie one behind the other, and what they were in.
+
+    Attributes:
+        parts: (offset in bytes, form) of each tensor.
+        plain: (type, value) of everything else; the type, since ``1 == True``.
+        structure: the containers.
+        is_tensor: of each leaf of them, in order, whether it is one of ``parts``.
+        nbytes: of all tensors and the gaps between them.
+    """
+
+    parts: tuple[tuple[int, Form], ...]
+    plain: tuple[tuple[type, object], ...]
+    structure: pytree.TreeSpec
+    is_tensor: tuple[bool, ...]
+    nbytes: int
+
+    @classmethod
+    def of(cls, value: Nested) -> NestedForm:
+        leaves, structure = pytree.tree_flatten(value)
+        parts, nbytes = [], 0
+        for leaf in leaves:
+            if isinstance(leaf, Tensor):
+                form = Form.of(leaf)
+                nbytes += -nbytes % ALIGNMENT
+                parts.append((nbytes, form))
+                nbytes += form.nbytes
+        return cls(
+            tuple(parts),
+            tuple((type(leaf), leaf) for leaf in leaves if not isinstance(leaf, Tensor)),
+            structure,
+            tuple(isinstance(leaf, Tensor) for leaf in leaves),
+            nbytes,
+        )
+
+    def view(self, memory: Tensor) -> Nested:
+        """The beginning of ``memory`` (bytes) as tensors, in containers of this structure."""
+        parts = (form.view(memory[offset:]) for offset, form in self.parts)
+        plain = (value for _, value in self.plain)
+        leaves = [next(parts) if is_tensor else next(plain) for is_tensor in self.is_tensor]
+        return pytree.tree_unflatten(leaves, self.structure)
+
+
+def form_of(value: Nested) -> Form | NestedForm:
+    """How ``value`` lies in memory; its tensors are without gaps."""
+    return Form.of(value) if isinstance(value, Tensor) else NestedForm.of(value)
 
 
 def without_gaps(tensor: Tensor) -> Tensor:
@@ -123,11 +176,19 @@ class Inbox:
             return None
         return self.regular if self.by_graph[half] else self._forms[half]
 
-    def view(self, half: int, form: Form) -> Tensor:
+    def view(self, half: int, form: Form | NestedForm) -> Nested:
         """What is in ``half``; it will be overwritten by what arrives there next."""
         memory = self._memory[half]
         assert memory is not None, "nothing was ever sent"
         return form.view(memory)
+
+    def copy(self, half: int, form: Form | NestedForm) -> Nested:
+        """A copy of what is in ``half``. Nested tensors are views of one piece of memory again."""
+        if isinstance(form, Form):
+            return self.view(half, form).clone()
+        memory = self._memory[half]
+        assert memory is not None, "nothing was ever sent"
+        return form.view(memory[: form.nbytes].clone())
 
     def forget(self) -> None:
         """Let go of memory that was replaced. Only while nothing is running."""
@@ -145,31 +206,45 @@ class Outbox:
         self.address = np.zeros(rows, dtype=np.uint64)
         self.nbytes = np.zeros(rows, dtype=np.uint64)
         self._rows = rows
-        self._forms: list[Form | None] = [None] * rows
+        self._forms: list[Form | NestedForm | None] = [None] * rows
         self._memory: list[Tensor | None] = [None] * rows
 
-    def put(self, batch: int, tensor: Tensor) -> Form:
-        """Copy ``tensor`` to the row of ``batch``; returns how it is laid out there."""
+    def put(self, batch: int, value: Nested) -> Form | NestedForm:
+        """Copy ``value`` to the row of ``batch``; returns how it is laid out there."""
         row = batch % self._rows
-        source = without_gaps(tensor)
-        form = Form.of(source)
+        source = map_tensors(without_gaps, value)
+        form = form_of(source)
         memory = self._memory[row]
         if memory is None or memory.numel() < form.nbytes:
             memory = accelerator().pinned(form.nbytes)
             self._memory[row] = memory
             self.address[row] = memory.data_ptr()
-        form.view(memory).copy_(source)
+        fill(form, memory, source)
         self._forms[row] = form
         self.nbytes[row] = form.nbytes
         return form
 
-    def form(self, batch: int) -> Form:
+    def form(self, batch: int) -> Form | NestedForm:
         """How ``batch`` is laid out."""
         form = self._forms[batch % self._rows]
         assert form is not None, f"batch {batch} did not enter"
         return form
 
 
-def addresses(tensors: Sequence[Tensor | None]) -> list[int]:
+def fill(form: Form | NestedForm, memory: Tensor, source: Nested) -> None:
+    """Copy ``source``, which has ``form``, to the beginning of ``memory``."""
+    for target, tensor in zip(tensors(form.view(memory)), tensors(source), strict=True):
+        target.copy_(tensor)
+
+
+def extent(value: Nested) -> tuple[int, int]:
+    """Where what :meth:`Inbox.copy` returned lies: address and bytes."""
+    if isinstance(value, Tensor):
+        return value.data_ptr(), value.nbytes
+    memory = tensors(value)[0].untyped_storage()
+    return memory.data_ptr(), memory.nbytes()
+
+
+def addresses(all_tensors: Sequence[Tensor | None]) -> list[int]:
     """Where each tensor lies; 0 for None."""
-    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+    return [0 if tensor is None else tensor.data_ptr() for tensor in all_tensors]

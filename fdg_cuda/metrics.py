@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fdg_cuda.nested import Nested
+
 
 @dataclass(frozen=True)
 class BatchResult:
@@ -86,25 +88,29 @@ class Average:
         return Evaluation(self._loss / self.samples, accuracy, self.samples)
 
 
-def has_classes(output: Tensor, target: Tensor) -> bool:
+def has_classes(output: Tensor, target: Nested) -> bool:
     """Whether ``output`` (N, classes) can be compared with ``target`` (N,) of an integer dtype."""
-    if output.ndim != 2 or output.shape[1] < 2 or target.shape != output.shape[:1]:
+    if not isinstance(target, Tensor) or output.ndim != 2 or output.shape[1] < 2:
         return False
-    return not (target.is_floating_point() or target.is_complex() or target.dtype == torch.bool)
+    if target.shape != output.shape[:1]:
+        return False
+    dtype = target.dtype
+    return not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
 
 
-def count_correct(output: Tensor, target: Tensor) -> int | None:
+def count_correct(output: Tensor, target: Nested) -> int | None:
     """Samples whose largest output is at the target's index; None if there are no classes."""
     if not has_classes(output, target):
         return None
     return int((output.argmax(dim=1) == target).sum())
 
 
-def correct_on_device(output: Tensor, target: Tensor) -> Tensor:
+def correct_on_device(output: Tensor, target: Nested) -> Tensor:
     """:func:`count_correct` as a float64 scalar on the output's device; NaN for None."""
     if not has_classes(output, target):
         return torch.full((), torch.nan, dtype=torch.float64, device=output.device)
-    return (output.argmax(dim=1) == target).sum(dtype=torch.float64)
+    correct: Tensor = output.argmax(dim=1) == target
+    return correct.sum(dtype=torch.float64)
 
 
 def cross_entropy(output: Tensor, target: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from fdg_cuda._core import Scheduler
 from fdg_cuda.batches import Batch
 from fdg_cuda.errors import NonFiniteLossError
 from fdg_cuda.interrupts import Interrupts
+from fdg_cuda.nested import Nested
 from fdg_cuda.optim import DelayedSGD
 from fdg_cuda.program import Program
 from fdg_cuda.recorder import Recorder
@@ -27,7 +28,7 @@ from fdg_cuda.schedule import Schedule
 from fdg_cuda.stage import Stage
 from fdg_cuda.timeline import Lane
 
-LossFunction = Callable[[Tensor, Tensor], Tensor]
+LossFunction = Callable[[Tensor, Nested], Tensor]
 MAX_TICKS_IN_FLIGHT = 4
 
 

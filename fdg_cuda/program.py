@@ -8,7 +8,20 @@ from typing import Protocol
 
 from fdg_cuda._core import Scheduler, Work
 from fdg_cuda.layout import INBOX_HALVES, Layout, Step
-from fdg_cuda.schedule import Schedule
+from fdg_cuda.schedule import Action
+
+
+class Rule(Protocol):
+    """What a program needs of a schedule; see :class:`~fdg_cuda.schedule.Schedule`."""
+
+    @property
+    def stages(self) -> int: ...
+    @property
+    def period(self) -> int: ...
+    @property
+    def latency(self) -> int: ...
+    def slots(self, stage: int) -> int: ...
+    def tick(self, tick: int, batches: int | None = None) -> list[Action]: ...
 
 
 class StageWorks(Protocol):
@@ -37,7 +50,7 @@ class Program:
 
     def __init__(
         self,
-        schedule: Schedule,
+        schedule: Rule,
         layout: Layout,
         scheduler: Scheduler,
         stages: Sequence[StageWorks],

@@ -27,6 +27,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +35,8 @@ from torch import Tensor, nn
 METHODS = ("fdg", "ddg", "bp")
 BACKWARD_WEIGHTS = ("stash", "current", "replay")
 
-LossFunction = Callable[[Tensor, Tensor], Tensor]
+Nested = Any  # a tensor, or tuples, lists and dicts of tensors and plain values
+LossFunction = Callable[[Tensor, Nested], Tensor]
 
 
 @dataclass
@@ -77,14 +79,14 @@ class _Pass:
     """One batch's way through one stage: what the backward needs."""
 
     leaves: list[Tensor]
-    entry: Tensor
+    entry: Nested  # a leaf; nested only at stage 0
     output: Tensor
     random_state: Tensor  # of torch's global generator before the forward
 
 
 def train(
     stages: Sequence[nn.Module],
-    batches: Sequence[tuple[Tensor, Tensor]],
+    batches: Sequence[tuple[Nested, Nested]],
     *,
     epochs: int = 1,
     method: str = "fdg",
@@ -108,7 +110,8 @@ def train(
         stages: K modules, each mapping one tensor to one floating-point tensor; no parameter or
             buffer belongs to two of them.
         batches: N pairs (input, target), in the order of training, the same in each epoch. The
-            input is what stage 0 takes; input and target may be of any shape.
+            input is what stage 0 takes; input and target may be of any shape, and nested in tuples,
+            lists and dicts.
         epochs: how often to go through ``batches``. Momentum is carried over; delays are not.
         method: ``"fdg"``, ``"ddg"`` or ``"bp"`` (see the module's docstring).
         loss_fn: (output of the last stage, target) to a scalar; default cross-entropy.
@@ -195,7 +198,7 @@ def _forward_version(method: str, k: int, b: int, stage_count: int) -> int:
     return max(0, b - 2 * above + 1)
 
 
-def _forward(chain: Sequence[_Stage], versions: Sequence[int], inputs: Tensor) -> list[_Pass]:
+def _forward(chain: Sequence[_Stage], versions: Sequence[int], inputs: Nested) -> list[_Pass]:
     """Forward one batch, stage k with the weights after ``versions[k]`` updates.
 
     The graph is cut between stages: a stage's ``entry`` is a leaf, so that each backward is the
@@ -204,7 +207,7 @@ def _forward(chain: Sequence[_Stage], versions: Sequence[int], inputs: Tensor) -
     passes: list[_Pass] = []
     signal = inputs
     for k, (stage, version) in enumerate(zip(chain, versions, strict=True)):
-        entry = signal.detach()
+        entry = _each(torch.detach, signal)
         if k > 0:
             entry.requires_grad_()
         passes.append(_through(stage, k, entry, stage.weights[version]))
@@ -212,7 +215,7 @@ def _forward(chain: Sequence[_Stage], versions: Sequence[int], inputs: Tensor) -
     return passes
 
 
-def _through(stage: _Stage, k: int, entry: Tensor, weights: Sequence[Tensor]) -> _Pass:
+def _through(stage: _Stage, k: int, entry: Nested, weights: Sequence[Tensor]) -> _Pass:
     """Take ``entry`` through stage ``k`` with copies of ``weights``."""
     random_state = torch.get_rng_state()
     leaves = [w.clone().requires_grad_() for w in weights]
@@ -222,7 +225,10 @@ def _through(stage: _Stage, k: int, entry: Tensor, weights: Sequence[Tensor]) ->
     # A module met twice would be exchanged twice and left with the exchanged weights.
     modules = [id(m) for _, m in stage.module.named_modules(remove_duplicate=False)]
     output = torch.func.functional_call(
-        stage.module, named, (entry.clone(),), tie_weights=len(set(modules)) == len(modules)
+        stage.module,
+        named,
+        (_each(torch.clone, entry),),
+        tie_weights=len(set(modules)) == len(modules),
     )
     if not isinstance(output, Tensor) or not output.is_floating_point():
         raise TypeError(f"stage {k} must return one tensor of floating-point numbers")
@@ -240,6 +246,27 @@ def _again(stage: _Stage, k: int, way: _Pass, weights: Sequence[Tensor]) -> _Pas
     for buffer, value in moved:
         buffer.data.copy_(value)
     return again
+
+
+def _each(function: Callable[[Tensor], Tensor], value: Nested) -> Nested:
+    """``value`` with ``function`` of every tensor in it."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, dict):
+        return type(value)((key, _each(function, part)) for key, part in value.items())
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_each(function, part) for part in value))
+    if isinstance(value, (tuple, list)):
+        return type(value)(_each(function, part) for part in value)
+    return value
+
+
+def _holds_tensor(value: Nested) -> bool:
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, (tuple, list)):
+        return any(_holds_tensor(part) for part in value)
+    return isinstance(value, Tensor)
 
 
 def _backward(passes: Sequence[_Pass], loss: Tensor, factor: float) -> list[list[Tensor | None]]:
@@ -308,12 +335,12 @@ def _check_stages(stages: Sequence[nn.Module]) -> list[_Stage]:
     return chain
 
 
-def _check_batches(batches: Sequence[tuple[Tensor, Tensor]]) -> None:
+def _check_batches(batches: Sequence[tuple[Nested, Nested]]) -> None:
     if not isinstance(batches, Sequence) or len(batches) == 0:
         raise ValueError("batches must be a list of at least one pair (input, target)")
     for b, pair in enumerate(batches):
-        if len(pair) != 2 or not all(isinstance(part, Tensor) for part in pair):
-            raise TypeError(f"batch {b} must be a pair of tensors (input, target)")
+        if len(pair) != 2 or not all(_holds_tensor(part) for part in pair):
+            raise TypeError(f"batch {b} must be a pair of tensors (input, target), nested or not")
 
 
 def _check_choice(name: str, value: str, known: Sequence[str]) -> None:

@@ -28,7 +28,7 @@ from fdg_cuda.checkpoint_file import Checkpoint
 from fdg_cuda.checkpoints import Checkpoints, Saver, as_checkpoints
 from fdg_cuda.devices import Device, parse_devices
 from fdg_cuda.fitting import Fit
-from fdg_cuda.inference import evaluate, predict
+from fdg_cuda.inference import evaluate, predict, predict_batches
 from fdg_cuda.interrupts import Interrupts
 from fdg_cuda.machines import check_options, make_machine
 from fdg_cuda.metrics import (
@@ -38,6 +38,7 @@ from fdg_cuda.metrics import (
     History,
     cross_entropy,
 )
+from fdg_cuda.nested import Nested
 from fdg_cuda.optim import DelayedSGD, check_scheduler
 from fdg_cuda.pipeline import LossFunction, Pipeline
 from fdg_cuda.recorder import Recorder
@@ -50,6 +51,7 @@ from fdg_cuda.training_state import Parts, TrainingState
 logger = logging.getLogger("fdg_cuda")
 
 BACKWARD_WEIGHTS = tuple(mode.value for mode in BackwardWeights)
+CHANGES_NOTHING = ("evaluate", "predict", "state_dict")
 
 
 class FDGRunner:
@@ -146,6 +148,7 @@ class FDGRunner:
         self._stages: list[Stage] = []
         self._history: History | None = None
         self._fit: Fit | None = None  # while one is running
+        self._predicting = False  # an iterator of predict_batches is not at its end
         self._recorder: Recorder | None = None  # inside a `with runner.trace()`
         if split is not None:
             self._cut(check_split(split, len(self._layers), len(self._devices)))
@@ -218,7 +221,10 @@ class FDGRunner:
         is called first.
 
         Args:
-            loader: any iterable of (input, target) tensors; iterated once per epoch.
+            loader: any iterable of pairs (input, target); iterated once per epoch. Each is a tensor,
+                or nested: tuples, lists and dicts of tensors and plain Python values, which the
+                first layer and ``loss_fn`` get as they are. The first dimension of the first tensor
+                in each is the batch.
             epochs: how often.
             lr_scheduler: a ``torch.optim.lr_scheduler`` made for :attr:`optimizer`, to be stepped
                 here after every epoch or batch. (Or call its ``step`` yourself in ``on_epoch``, as
@@ -285,6 +291,7 @@ class FDGRunner:
             optimizer=self.optimizer,
             history=history,
             callbacks=listeners,
+            before_epoch=lambda: self._refuse_while_running("an epoch"),
             lr_scheduler=lr_scheduler,
             lr_step=lr_step,
             state=state,
@@ -410,27 +417,63 @@ class FDGRunner:
     def evaluate(self, loader: Loader) -> Evaluation:
         """Loss and accuracy over ``loader``, averaged over samples, in evaluation mode.
 
-        Changes nothing; works before any training.
+        The stages work on several batches at the same time. Changes nothing; works before any
+        training (where the model is not cut into stages yet, batch after batch).
 
         Raises:
             TypeError, ValueError: as for ``fit``, if the loader gives no (input, target) pairs.
         """
         self._refuse_while_running("evaluate")
-        return evaluate(self._model, self._forward, loader, self._loss_fn)
+        self._check_chain()
+        return evaluate(self._machine, self._model, loader, self._loss_fn)
 
-    def predict(self, x: Tensor) -> Tensor:
-        """The model's output for ``x`` in evaluation mode, without gradient.
+    def predict(self, x: Nested) -> Tensor:
+        """The model's output for ``x``, an input of the chain, in evaluation mode, without gradient,
+        on the device of ``x``.
 
         Raises:
-            TypeError: ``x`` is no tensor.
+            TypeError, ValueError: ``x`` is no tensor, nested or not, or holds no samples.
         """
         self._refuse_while_running("predict")
-        return predict(self._model, self._forward, x)
+        self._check_chain()
+        return predict(self._machine, self._model, x)
 
-    def _forward(self, x: Tensor) -> Tensor:
-        return self._machine.forward(self._model, x)
+    def predict_batches(self, loader: Loader) -> Iterator[Tensor]:
+        """The model's outputs for the batches of ``loader``, in order, as an iterator: in evaluation
+        mode, without gradient, each on the device of its input.
+
+        The stages work on several batches at the same time, so batches are read ahead of the outputs.
+        The model is in evaluation mode until the iterator has come to its end, or is closed
+        (``close()``, or no longer referenced); until then ``fit`` is refused.
+
+        Args:
+            loader: yields inputs, or pairs (input, target), whose target is not used. So an input that
+                is itself a tuple or list goes into a pair: ``(input, None)``.
+
+        Raises:
+            TypeError, ValueError: while iterating, where the loader gives no inputs.
+        """
+        self._refuse_while_running("predict_batches")
+        self._check_chain()
+        return self._predict_batches(loader)
+
+    def _predict_batches(self, loader: Loader) -> Iterator[Tensor]:
+        self._refuse_while_running("predict_batches")
+        self._predicting = True
+        try:
+            yield from predict_batches(self._machine, self._model, loader)
+        finally:
+            self._predicting = False
+
+    def _check_chain(self) -> None:
+        check_unchanged(self._model, self._layers)
 
     def _refuse_while_running(self, what: str) -> None:
+        if self._predicting and what not in CHANGES_NOTHING:
+            raise RuntimeError(
+                f"{what} has to wait while predict_batches is at work: come to the end of its "
+                f"iterator first, or close() it"
+            )
         if self._fit is not None and (self._fit.running or what == "fit"):
             raise RuntimeError(
                 f"{what} was called while fit is running; use it in on_epoch, when the pipeline is "

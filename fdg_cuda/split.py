@@ -10,9 +10,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from fdg_cuda.batches import Batch
 from fdg_cuda.buffers import SavedBuffers
 from fdg_cuda.chain import check_loss, check_output
 from fdg_cuda.errors import said_where
+from fdg_cuda.nested import Nested, map_tensors
 
 logger = logging.getLogger("fdg_cuda")
 
@@ -86,8 +88,8 @@ def balance(costs: Sequence[float], stages: int) -> list[int]:
 
 def measure(
     layers: Sequence[nn.Module],
-    batch: tuple[Tensor, Tensor],
-    loss: Callable[[Tensor, Tensor], Tensor],
+    batch: Batch,
+    loss: Callable[[Tensor, Nested], Tensor],
     *,
     threads: int,
     synchronize: Callable[[], object] = lambda: None,
@@ -125,8 +127,8 @@ def measure(
 
 def _one_pass(
     layers: Sequence[nn.Module],
-    batch: tuple[Tensor, Tensor],
-    loss: Callable[[Tensor, Tensor], Tensor],
+    batch: Batch,
+    loss: Callable[[Tensor, Nested], Tensor],
     synchronize: Callable[[], object],
 ) -> list[float]:
     def now() -> float:
@@ -135,14 +137,14 @@ def _one_pass(
 
     x, target = batch
     # Copies, since a layer may work in place on its input.
-    inputs: list[Tensor] = []
+    inputs: list[Nested] = []
     outputs: list[Tensor] = []
     seconds: list[float] = []
     for number, layer in enumerate(layers):
-        leaf = x.detach()
+        leaf = map_tensors(torch.detach, x)
         if number > 0 and (leaf.is_floating_point() or leaf.is_complex()):
             leaf.requires_grad_()
-        value = leaf.clone()
+        value = map_tensors(torch.clone, leaf)
         begin = now()
         with said_where(f"layer {number}, a {type(layer).__name__}, at the first batch"):
             output = check_output(layer(value), f"layer {number}")
@@ -159,7 +161,7 @@ def _one_pass(
         if outputs[number].requires_grad and (error is not None or number == len(layers) - 1):
             torch.autograd.backward([outputs[number]], [error])
         seconds[number] += now() - begin
-        error = inputs[number].grad
+        error = inputs[number].grad if number > 0 else None
         for parameter in layers[number].parameters():
             parameter.grad = None
     return seconds

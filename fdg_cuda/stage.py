@@ -21,6 +21,7 @@ from fdg_cuda.chain import check_output
 from fdg_cuda.errors import AliasedParameterError, said_where
 from fdg_cuda.flat import FlatMemory
 from fdg_cuda.layout import Step
+from fdg_cuda.nested import Nested, map_tensors, repacked, tensors
 from fdg_cuda.parameter_sites import ParameterSites, graph_leaves
 from fdg_cuda.randomness import RandomState
 
@@ -32,7 +33,8 @@ LossOfBatch = Callable[[Tensor, int], Tensor]
 class Slot:
     """One batch between its forward and its backward."""
 
-    input: Tensor | None = None  # the leaf whose gradient is the error signal for the stage below
+    # The leaf whose gradient is the error signal for the stage below; at stage 0 what entered.
+    input: Nested = None
     root: Tensor | None = None  # the stage's output; at the last stage the loss
     random_state: RandomState = ()  # with which the forward began, if it will be run again
 
@@ -179,8 +181,8 @@ class Stage(ABC):
         """Whether no stage is above this one."""
 
     @abstractmethod
-    def _take_input(self, batch: int) -> Tensor:
-        """What the stage below sent, or what entered: a leaf that wants a gradient if it can."""
+    def _take_input(self, batch: int) -> Nested:
+        """What the stage below sent, a leaf that wants a gradient if it can; or what entered."""
 
     @abstractmethod
     def _take_error(self, batch: int) -> Tensor | None:
@@ -213,7 +215,7 @@ class Stage(ABC):
             self._check_leaves_once(held.root, leaf, copy)
 
     def _forward_again(
-        self, leaf: Tensor, copy: int, batch: int, random_state: RandomState
+        self, leaf: Nested, copy: int, batch: int, random_state: RandomState
     ) -> Tensor:
         """The graph of a batch that was forwarded without one: with the weights of the moment, but
         the random numbers of its forward. Buffers stay as they are: they moved back then.
@@ -228,7 +230,7 @@ class Stage(ABC):
         self._check_leaves_once(root, leaf, copy)
         return root
 
-    def _compute(self, leaf: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+    def _compute(self, leaf: Nested, batch: int) -> tuple[Tensor, Tensor]:
         """What a backward starts from (at the last stage the loss), and the stage's output."""
         with said_where(f"the forward of {self._named(batch)}"):
             output = self._run_layers(leaf, batch)
@@ -238,19 +240,20 @@ class Stage(ABC):
         with said_where(f"the loss of batch {self._first_batch + batch}"):
             return self.loss(output, batch), output.detach()
 
-    def _run_layers(self, leaf: Tensor, batch: int) -> Tensor:
+    def _run_layers(self, leaf: Nested, batch: int) -> Tensor:
         """The layers on ``leaf``, which belongs to the stage below (or to the caller's loader).
 
         A stage that begins with an in-place layer must work on a copy. The first batch finds out.
         """
-        value = leaf if self._input_changed_in_place is False else leaf.clone()
-        version = value._version
-        probe = value
+        unchanged = self._input_changed_in_place is False
+        value = repacked(leaf) if unchanged else map_tensors(torch.clone, leaf)
+        probes = [(tensor, tensor._version) for tensor in tensors(value)]
         for layer in self.layers:
             value = layer(value)
+        changed = any(probe._version != version for probe, version in probes)
         if self._input_changed_in_place is None:
-            self._input_changed_in_place = probe._version != version
-        elif not self._input_changed_in_place and probe._version != version:
+            self._input_changed_in_place = changed
+        elif not self._input_changed_in_place and changed:
             raise RuntimeError(
                 f"stage {self.index} changed its input in place at batch {self._first_batch + batch} "
                 f"but not at the first batch; make its first layer work out of place (inplace=False)"
@@ -283,12 +286,12 @@ class Stage(ABC):
         """``batch`` of the segment, for people."""
         return f"batch {self._first_batch + batch} at stage {self.index}"
 
-    def _check_leaves_once(self, root: Tensor, leaf: Tensor, copy: int) -> None:
+    def _check_leaves_once(self, root: Tensor, leaf: Nested, copy: int) -> None:
         if not self._leaves_checked:
             self._check_leaves(root, leaf, copy)
             self._leaves_checked = True
 
-    def _check_leaves(self, root: Tensor, leaf: Tensor, copy: int) -> None:
+    def _check_leaves(self, root: Tensor, leaf: Nested, copy: int) -> None:
         """Refuse what would get a gradient and never be trained."""
         known = {id(leaf), *map(id, self.memory.leaves[copy])}
         for unknown in (x for x in graph_leaves(root) if id(x) not in known):

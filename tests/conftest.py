@@ -103,6 +103,15 @@ def one_torch_thread() -> Iterator[None]:
 
 
 @pytest.fixture
+def four_torch_threads(one_torch_thread: None, no_thread_left: None) -> Iterator[None]:
+    """Perhaps more than there are cores: what counts here is what is asked for."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def seeded() -> None:
     torch.manual_seed(0)
 

@@ -24,6 +24,8 @@ from chains import (
     mlp,
     same_bits,
 )
+from nests import KINDS, nested
+from plain import plain_evaluation, plain_outputs
 from torch import Tensor, nn
 
 from fdg_cuda import FDGRunner, _core
@@ -313,6 +315,33 @@ def test_evaluate_predict_and_state() -> None:
     assert runner.predict(x.cuda()).is_cuda
     assert runner.evaluate(data).samples == history.epochs[0].samples
     assert all(not value.is_cuda for value in runner.state_dict().values())
+
+
+@pytest.mark.parametrize("stages", [1, 3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_nested_inputs_train_and_are_evaluated(kind: str, stages: int) -> None:
+    model, data, loss = nested(kind, batches(9))
+    split = even_split(9, stages)
+    options: dict[str, Any] = {"split": split, "loss_fn": loss, "lr": 0.05}
+    twin = copy.deepcopy(model)
+    FDGRunner(twin, ["cpu"] * stages, **options).fit(data, epochs=2)
+    runner = FDGRunner(model, [0] * stages, graphs=True, **options)
+    runner.fit(data, epochs=2, on_epoch=lambda _: runner.evaluate(data))
+    assert largest_difference(runner.state_dict(), twin.state_dict()) < FLOAT64
+    found, expected = runner.evaluate(data), plain_evaluation(twin, data, loss)
+    assert found.loss == pytest.approx(expected.loss, rel=FLOAT64)
+    assert (found.accuracy, found.samples) == (expected.accuracy, expected.samples)
+
+
+def test_predictions_of_many_batches_are_where_their_inputs_are() -> None:
+    """More batches than are on their way, of the host's memory and of the device's."""
+    model, data = mlp(), batches(40)
+    expected = plain_outputs(model, data)
+    runner = FDGRunner(model, [0, 0, 0], split=[3, 6])
+    for inputs in ([x for x, _ in data], [x.cuda() for x, _ in data]):
+        for x, output, right in zip(inputs, runner.predict_batches(inputs), expected, strict=True):
+            assert output.device == x.device
+            assert torch.allclose(output.cpu(), right, rtol=FLOAT64)
 
 
 def test_the_cut_is_measured_on_the_device() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -21,15 +20,6 @@ from versions import (
 )
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread", "seeded", "no_thread_left")
-
-
-@pytest.fixture
-def four_torch_threads(one_torch_thread: None, no_thread_left: None) -> Iterator[None]:
-    """Perhaps more than there are cores: what counts here is what is asked for."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(4)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("stages", [1, 2])

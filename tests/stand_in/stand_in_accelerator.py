@@ -83,6 +83,10 @@ class StandIn(Accelerator):
         _raise_if_lost()
         _core.stand_in_synchronize(ordinal)
 
+    def mark(self, ordinal: int) -> Callable[[], None]:
+        _raise_if_lost()
+        return lambda: None
+
     def pinned(self, size: int) -> Tensor:
         memory = torch.empty(size, dtype=torch.uint8)
         return self._races.pinned(memory) if self._races else memory

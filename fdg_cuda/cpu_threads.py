@@ -1,0 +1,54 @@
+"""How many intra-op threads each stage on the CPU computes with."""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+
+from fdg_cuda._core import Scheduler
+
+# Held by whoever changes torch's default number of intra-op threads, or relies on it.
+torch_threads = threading.Lock()
+
+
+def share_of_cores(cores: int | None, stages: int) -> int:
+    """The intra-op threads of each of ``stages`` stages that work at the same time.
+
+    Args:
+        cores: they share; None: ``torch.get_num_threads()``.
+    """
+    with torch_threads:
+        return max(1, (cores or torch.get_num_threads()) // stages)
+
+
+def set_threads_of_streams(scheduler: Scheduler, streams: int, threads: int) -> None:
+    """The threads of the first ``streams`` streams compute with ``threads`` intra-op threads from now
+    on. Only while nothing runs.
+
+    torch makes the count set last, by whatever thread, the default of threads to come. So it is
+    put back at once, and other runners are kept from reading it meanwhile.
+    """
+
+    def set_threads(_: int) -> None:
+        torch.get_num_threads()  # or the thread's first use of its count resets it to the default
+        torch.set_num_threads(threads)
+
+    with torch_threads:
+        previous = torch.get_num_threads()
+        try:
+            # One stream at a time: torch resizes a pool all threads share.
+            for stream in range(streams):
+                action = scheduler.add_action(
+                    code="T",
+                    stage=stream,
+                    slot=0,
+                    stream=stream,
+                    reads=[],
+                    writes=[],
+                    work=set_threads,
+                )
+                scheduler.submit(scheduler.add_tick([(action, 0)]), 0)
+                scheduler.synchronize()
+        finally:
+            torch.set_num_threads(previous)

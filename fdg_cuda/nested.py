@@ -1,0 +1,97 @@
+"""Nested inputs and targets: a tensor, or tuples, lists and dicts of tensors and plain values.
+
+What counts as a container is what ``torch.utils._pytree`` knows: tuples, lists, dicts, named tuples,
+``OrderedDict``, ``defaultdict``, ``deque``, and classes registered there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import Enum
+from types import NoneType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+Nested = Any  # a tensor, or containers of tensors and plain values
+
+# What a batch may hold beside tensors: it is handed on as it is.
+PLAIN = (NoneType, bool, int, float, complex, str, bytes, Enum, torch.dtype, torch.device)
+
+
+def map_tensors(function: Callable[[Tensor], Any], value: Nested) -> Nested:
+    """``value`` in new containers, with ``function`` of every tensor in it."""
+    if isinstance(value, Tensor):
+        return function(value)
+    return pytree.tree_map_only(Tensor, function, value)
+
+
+def tensors(value: Nested) -> list[Tensor]:
+    """The tensors in ``value``, in order."""
+    if isinstance(value, Tensor):
+        return [value]
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def cloned(value: Nested) -> Nested:
+    """A copy of ``value`` that shares no tensor and no container with it."""
+    return map_tensors(lambda tensor: tensor.detach().clone(), value)
+
+
+def moved(value: Nested, device: torch.device) -> Nested:
+    """``value`` with its tensors on ``device``."""
+    return map_tensors(lambda tensor: tensor.to(device), value)
+
+
+def repacked(value: Nested) -> Nested:
+    """``value``'s own tensors in new containers, which their taker may change."""
+    return map_tensors(lambda tensor: tensor, value)
+
+
+def sample_count(value: Nested) -> int:
+    """The length of the first tensor in ``value`` that has a dimension; 0 if there is none."""
+    return next((len(tensor) for tensor in tensors(value) if tensor.ndim > 0), 0)
+
+
+def check_nested(value: Any, what: str) -> int:
+    """How many samples ``value`` holds.
+
+    Args:
+        what: to call it in errors ("batch 3: the input").
+
+    Raises:
+        TypeError: there is no tensor in it, or something that is neither tensor nor plain.
+        ValueError: it holds no samples.
+    """
+    leaves = [value] if isinstance(value, Tensor) else pytree.tree_leaves(value)
+    for leaf in leaves:
+        if not isinstance(leaf, (Tensor, *PLAIN)):
+            raise TypeError(_not_understood(leaf, value, what))
+    if not any(isinstance(leaf, Tensor) for leaf in leaves):
+        raise TypeError(
+            f"{what} must be a tensor, or tuples, lists and dicts of tensors; got a "
+            f"{type(value).__name__} without any tensor. torch.as_tensor converts numpy arrays and "
+            f"lists."
+        )
+    count = sample_count(value)
+    if count == 0:
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors(value))
+        raise ValueError(f"{what} holds no samples (shape {shapes})")
+    return count
+
+
+def _not_understood(leaf: Any, value: Any, what: str) -> str:
+    kind = type(leaf).__name__
+    got = f"got a {kind}" if leaf is value else f"there is a {kind} in it"
+    if hasattr(leaf, "__array__"):
+        remedy = "torch.as_tensor converts numpy arrays and lists."
+    elif hasattr(leaf, "keys"):
+        remedy = "Make it a plain dict in the loader's collate_fn: dict(batch)."
+    else:
+        remedy = (
+            "Take its tensors out in the loader's collate_fn, or tell torch how to: "
+            "torch.utils._pytree.register_pytree_node."
+        )
+    return f"{what} must be a tensor, or tuples, lists and dicts of tensors; {got}. {remedy}"
