@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from fdg_cuda.errors import AliasedParameterError, NonFiniteLossError
+    from fdg_cuda.groups import no_decay_on_norm_and_bias
     from fdg_cuda.metrics import BatchResult, EpochResult, Evaluation, History
     from fdg_cuda.runner import FDGRunner
     from fdg_cuda.timeline import Timeline
@@ -26,6 +27,7 @@ __all__ = [
     "NonFiniteLossError",
     "Timeline",
     "__version__",
+    "no_decay_on_norm_and_bias",
 ]
 
 # Importing torch takes seconds, which the command line's help should not; so a public name is
@@ -39,6 +41,7 @@ _MODULES = {
     "History": "fdg_cuda.metrics",
     "NonFiniteLossError": "fdg_cuda.errors",
     "Timeline": "fdg_cuda.timeline",
+    "no_decay_on_norm_and_bias": "fdg_cuda.groups",
 }
 
 if not TYPE_CHECKING:  # type checkers see the imports above, and no others

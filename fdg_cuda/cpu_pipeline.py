@@ -18,7 +18,7 @@ from fdg_cuda.errors import NonFiniteLossError
 from fdg_cuda.interrupts import Interrupts
 from fdg_cuda.layout import CpuLayout
 from fdg_cuda.metrics import count_correct
-from fdg_cuda.optim import DelayedSGD
+from fdg_cuda.optim import DelayedOptimizer
 from fdg_cuda.pipeline import MAX_TICKS_IN_FLIGHT, LossFunction, Pipeline
 from fdg_cuda.program import Program
 from fdg_cuda.recorder import Recorder
@@ -43,7 +43,7 @@ class CpuPipeline(Pipeline):
         schedule: Schedule,
         stages: Sequence[CpuStage],
         loss_fn: LossFunction,
-        optimizer: DelayedSGD,
+        optimizer: DelayedOptimizer,
         *,
         threads: int,
         stash: bool,

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fdg_cuda._core import FlatSgd, Work
+from fdg_cuda.hyper import HyperTable
 from fdg_cuda.layout import INBOX_HALVES, Step
 from fdg_cuda.schedule import Kind
 from fdg_cuda.stage import Stage, wants_gradient
@@ -31,10 +31,11 @@ class CpuStage(Stage):
         self._output: Tensor | None = None
         self._error: Tensor | None = None
 
-    def begin_fit(self, *, hyper: np.ndarray, threads: int) -> None:
+    def begin_fit(self, *, hyper: HyperTable, threads: int) -> None:
         """Lay the parameters out anew if they changed, and make the native update."""
         self.lay_out_anew()
-        self._sgd = self.memory.cpu_sgd(hyper, threads)
+        groups = hyper.optimizer.groups_of(self.memory.parameters)
+        self._sgd = self.memory.cpu_sgd(hyper.table, threads, groups=groups)
 
     def end_fit(self) -> None:
         super().end_fit()

@@ -18,7 +18,7 @@ from fdg_cuda.cuda_stage import CudaStage
 from fdg_cuda.interrupts import Interrupts
 from fdg_cuda.layer_times import remembered
 from fdg_cuda.machine import Machine
-from fdg_cuda.optim import DelayedSGD
+from fdg_cuda.optim import DelayedOptimizer
 from fdg_cuda.pipeline import LossFunction, Pipeline
 from fdg_cuda.recorder import Recorder
 from fdg_cuda.schedule import Schedule
@@ -69,7 +69,7 @@ class CudaMachine(Machine):
     def pipeline(
         self,
         loss_fn: LossFunction,
-        optimizer: DelayedSGD,
+        optimizer: DelayedOptimizer,
         interrupts: Interrupts,
         recorder: Recorder | None,
     ) -> Pipeline:

@@ -17,7 +17,7 @@ from fdg_cuda.errors import NonFiniteLossError
 from fdg_cuda.interrupts import Interrupts
 from fdg_cuda.layout import INBOX_HALVES, CudaLayout
 from fdg_cuda.mail import Form, Outbox
-from fdg_cuda.optim import DelayedSGD
+from fdg_cuda.optim import DelayedOptimizer
 from fdg_cuda.pipeline import MAX_TICKS_IN_FLIGHT, LossFunction, Pipeline
 from fdg_cuda.program import Program
 from fdg_cuda.recorder import Recorder
@@ -41,7 +41,7 @@ class CudaPipeline(Pipeline):
         schedule: Schedule,
         stages: Sequence[CudaStage],
         loss_fn: LossFunction,
-        optimizer: DelayedSGD,
+        optimizer: DelayedOptimizer,
         *,
         stash: bool,
         staged: Sequence[bool],

@@ -26,6 +26,7 @@ from fdg_cuda.accelerator import Lane, accelerator
 from fdg_cuda.chain import check_loss
 from fdg_cuda.errors import said_out_of_memory
 from fdg_cuda.flat import DTYPES
+from fdg_cuda.hyper import HyperTable
 from fdg_cuda.layout import INBOX_HALVES, CudaLayout, Step, Transfer
 from fdg_cuda.mail import Form, Inbox, Outbox, laid_out_like, turns, without_gaps, word
 from fdg_cuda.metrics import correct_on_device
@@ -59,7 +60,7 @@ class CudaFit:
 
     lanes: list[Lane]
     staged: list[bool]
-    hyper: np.ndarray
+    hyper: HyperTable
     regular: np.ndarray
     rows: int
     ticks_in_flight: int
@@ -132,9 +133,10 @@ class CudaStage(Stage):
             self._metrics_words = np.array(
                 [self.metrics.data_ptr(), self.metrics.nbytes], dtype=WORD
             )
+            groups = fit.hyper.optimizer.groups_of(self.memory.parameters)
             if self.memory.parameters:
                 self._sgd = _core.CudaSgd(
-                    **self.memory.addresses(fit.hyper),
+                    **self.memory.addresses(fit.hyper.table, groups=groups),
                     gradient_dtype=DTYPES[self.memory.dtype],
                     device=self.ordinal,
                     slots=len(self._slots),

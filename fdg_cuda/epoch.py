@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 from fdg_cuda.batches import Batch
 from fdg_cuda.metrics import Average, BatchResult, EpochResult, History
-from fdg_cuda.optim import DelayedSGD
+from fdg_cuda.optim import DelayedOptimizer
 from fdg_cuda.pipeline import Pipeline
 
 
@@ -15,7 +15,7 @@ def train_epoch(
     pipeline: Pipeline,
     batches: Iterator[Batch],
     epoch: int,
-    optimizer: DelayedSGD,
+    optimizer: DelayedOptimizer,
     history: History,
     step_batch: Callable[[], object] | None,
     on_batch: Callable[[BatchResult], object] | None,

@@ -52,7 +52,7 @@ class FlatMemory:
             self.segments.append((end, parameter.numel()))
             end += -(-parameter.numel() // step) * step
         self.weights = [torch.zeros(end, dtype=self.dtype, device=device) for _ in range(copies)]
-        self.momentum = torch.zeros(end, dtype=self.dtype, device=device)
+        self._momentum: Tensor | None = None
         self._strides = [_dense_strides(parameter) for parameter in self.parameters]
         # Leaves of the autograd graphs, one set per weight copy.
         self.leaves = [
@@ -62,6 +62,13 @@ class FlatMemory:
         self._gradients: list[Tensor | None] = []
         self._progress = np.zeros(2, dtype=np.int64)
         self.adopt()
+
+    @property
+    def momentum(self) -> Tensor:
+        """The flat momentum of the fused update; there is none before it is first asked for."""
+        if self._momentum is None:
+            self._momentum = torch.zeros_like(self.weights[0])
+        return self._momentum
 
     @property
     def newest(self) -> int:
@@ -95,11 +102,15 @@ class FlatMemory:
 
     def remember_momentum(self, memory: WeakTensorKeyDictionary) -> None:
         """Put every parameter's momentum into ``memory``, for another layout to come."""
+        if self._momentum is None:
+            return
         for parameter, view in zip(self.parameters, self._views(self.momentum), strict=True):
             memory[parameter] = view
 
     def recall_momentum(self, memory: WeakTensorKeyDictionary) -> None:
         """Take the momentum of those parameters that ``memory`` knows."""
+        if len(memory) == 0:
+            return
         for parameter, view in zip(self.parameters, self._views(self.momentum), strict=True):
             known = memory.get(parameter, None)  # type: ignore[no-untyped-call]
             if known is not None and known.shape == view.shape:
@@ -164,23 +175,46 @@ class FlatMemory:
         self._gradients = []
         self.gradient_table[:] = 0
 
-    def cpu_sgd(self, hyper: np.ndarray, threads: int) -> FlatSgd:
-        """The fused update over this memory; ``hyper`` is the float64 table described in
-        ``csrc/flat_parameters.h``. Both must outlive it."""
-        return FlatSgd(**self.addresses(hyper), threads=threads)
+    def cpu_sgd(
+        self,
+        hyper: np.ndarray,
+        threads: int,
+        *,
+        groups: Sequence[int] | None = None,
+        gain: Tensor | None = None,
+    ) -> FlatSgd:
+        """The fused update over this memory.
 
-    def addresses(self, hyper: np.ndarray) -> dict[str, Any]:
+        Args:
+            hyper: float64 (rows, groups, columns), or (rows, columns) if there is one group; see
+                ``csrc/flat_parameters.h``.
+            groups: the parameter group of each parameter; None: there is one.
+            gain: one float64 that gradients are multiplied by, read when the update runs; if it is
+                not finite the update is skipped. None: nothing is.
+
+        The memory, ``hyper`` and ``gain`` must outlive the update.
+        """
+        return FlatSgd(**self.addresses(hyper, groups=groups, gain=gain), threads=threads)
+
+    def addresses(
+        self,
+        hyper: np.ndarray,
+        *,
+        groups: Sequence[int] | None = None,
+        gain: Tensor | None = None,
+    ) -> dict[str, Any]:
         """What a native update has to know of this memory; see :meth:`cpu_sgd`."""
+        table = hyper if hyper.ndim == 3 else hyper[:, None]
+        group_of = [0] * len(self.parameters) if groups is None else groups
         return {
             "dtype": DTYPES[self.dtype],
             "stage": self.stage,
-            "segments": self.segments,
+            "segments": [(*s, group) for s, group in zip(self.segments, group_of, strict=True)],
             "weights": [weights.data_ptr() for weights in self.weights],
             "momentum": self.momentum.data_ptr(),
             "gradients": self.gradient_table.ctypes.data,
-            "hyper": hyper.ctypes.data,
-            "hyper_rows": hyper.shape[0],
-            "hyper_columns": hyper.shape[1],
+            "hyper": (hyper.ctypes.data, *table.shape),
+            "gain": 0 if gain is None else gain.data_ptr(),
             "progress": self._progress.ctypes.data,
         }
 

@@ -14,7 +14,7 @@ from fdg_cuda.cpu_pipeline import CpuPipeline, torch_threads
 from fdg_cuda.cpu_stage import CpuStage
 from fdg_cuda.interrupts import Interrupts
 from fdg_cuda.layer_times import remembered
-from fdg_cuda.optim import DelayedSGD
+from fdg_cuda.optim import DelayedOptimizer
 from fdg_cuda.pipeline import LossFunction, Pipeline
 from fdg_cuda.recorder import Recorder
 from fdg_cuda.schedule import Schedule
@@ -42,7 +42,7 @@ class Machine(ABC):
     def pipeline(
         self,
         loss_fn: LossFunction,
-        optimizer: DelayedSGD,
+        optimizer: DelayedOptimizer,
         interrupts: Interrupts,
         recorder: Recorder | None,
     ) -> Pipeline:
@@ -88,7 +88,7 @@ class CpuMachine(Machine):
     def pipeline(
         self,
         loss_fn: LossFunction,
-        optimizer: DelayedSGD,
+        optimizer: DelayedOptimizer,
         interrupts: Interrupts,
         recorder: Recorder | None,
     ) -> Pipeline:

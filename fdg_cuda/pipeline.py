@@ -10,14 +10,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 
-import numpy as np
 from torch import Tensor
 
 from fdg_cuda._core import Scheduler
 from fdg_cuda.batches import Batch
 from fdg_cuda.errors import NonFiniteLossError
+from fdg_cuda.hyper import HyperTable
 from fdg_cuda.interrupts import Interrupts
-from fdg_cuda.optim import DelayedSGD
+from fdg_cuda.optim import DelayedOptimizer
 from fdg_cuda.program import Program
 from fdg_cuda.recorder import Recorder
 from fdg_cuda.schedule import Schedule
@@ -49,7 +49,7 @@ class Pipeline(ABC):
         schedule: Schedule,
         stages: Sequence[Stage],
         loss_fn: LossFunction,
-        optimizer: DelayedSGD,
+        optimizer: DelayedOptimizer,
         *,
         interrupts: Interrupts,
         recorder: Recorder | None = None,
@@ -59,12 +59,11 @@ class Pipeline(ABC):
         self._loss_fn = loss_fn
         self._interrupts = interrupts
         self._recorder = recorder
-        self._optimizer = optimizer
-        self._shrinks = [schedule.shrinks(stage) for stage in range(schedule.stages)]
         # What the host writes when a batch enters, at most MAX_TICKS_IN_FLIGHT ticks ahead of the
         # oldest tick at work, is read last `latency` ticks after the batch's own: so many rows.
         self._rows = schedule.latency + MAX_TICKS_IN_FLIGHT + 1
-        self._hyper = np.zeros((self._rows, 4 + schedule.stages))
+        shrinks = [schedule.shrinks(stage) for stage in range(schedule.stages)]
+        self._hyper = HyperTable(optimizer, self._rows, shrinks)
         self._epoch = 0
         self._entered = 0
         # (loss, samples, correct) of this epoch's batches, in order
@@ -176,7 +175,6 @@ class Pipeline(ABC):
                 )
 
     def _enter(self, number: int, batch: Batch) -> None:
-        row = self._optimizer.hyper_row(self._shrinks)
-        self._hyper[number % self._rows] = row
+        self._hyper.enter(number)
         self._put(number, batch)
         self._entered = number + 1

@@ -24,6 +24,7 @@ from fdg_cuda.chain import (
 )
 from fdg_cuda.devices import Device, parse_devices
 from fdg_cuda.epoch import train_epoch
+from fdg_cuda.groups import GroupRule
 from fdg_cuda.inference import evaluate, predict
 from fdg_cuda.interrupts import Interrupts
 from fdg_cuda.machines import check_options, make_machine
@@ -34,7 +35,7 @@ from fdg_cuda.metrics import (
     History,
     cross_entropy,
 )
-from fdg_cuda.optim import DelayedSGD, check_scheduler
+from fdg_cuda.optim import DelayedOptimizer, DelayedSGD, check_scheduler
 from fdg_cuda.pipeline import LossFunction, Pipeline
 from fdg_cuda.recorder import Recorder
 from fdg_cuda.schedule import Schedule
@@ -62,6 +63,10 @@ class FDGRunner:
         lr, momentum, weight_decay, nesterov: as in ``torch.optim.SGD``.
         beta: shrinking factor in (0, 1]: stage k's gradients carry ``beta ** (K-1-k)``; not in
             ``"bp"``.
+        param_groups: which parameters have hyper-parameters of their own: ``(name, parameter) ->
+            {"weight_decay": 0.0}`` or None, or a mapping from patterns of names (``{"*.bias": {...}}``;
+            the first that matches counts) to such. Names are the model's; ``lr``, ``momentum``,
+            ``weight_decay``, ``nesterov`` and ``beta`` can be overridden.
         backward_weights: ``"stash"``: a batch's backward uses the weights of its forward (FDG, eq. 7);
             ``"current"``: those of the moment, which takes one weight copy per stage.
         cpu_threads: cores that CPU stages share; default ``torch.get_num_threads()``. Each stage
@@ -80,7 +85,7 @@ class FDGRunner:
         TypeError, ValueError: an argument that cannot work; the message says what would.
     """
 
-    optimizer: DelayedSGD
+    optimizer: DelayedOptimizer
 
     def __init__(
         self,
@@ -95,6 +100,7 @@ class FDGRunner:
         weight_decay: float = 5e-4,
         nesterov: bool = False,
         beta: float = 0.5,
+        param_groups: GroupRule | None = None,
         backward_weights: str = "stash",
         cpu_threads: int | None = None,
         graphs: str | bool = "auto",
@@ -124,12 +130,13 @@ class FDGRunner:
         )
         self._loss_fn = loss_fn if loss_fn is not None else cross_entropy
         self.optimizer = DelayedSGD(
-            [p for p in self._model.parameters() if p.requires_grad],
+            self._model,
             lr=lr,
             momentum=momentum,
             weight_decay=weight_decay,
             nesterov=nesterov,
             beta=beta,
+            param_groups=param_groups,
         )
         self._split: list[int] | None = None
         self._stages: list[Stage] = []
@@ -337,6 +344,7 @@ class FDGRunner:
         check_parameters(self._model, on_cpu=self._devices[0].type == "cpu")
         check_shared(self._model, [stage.layers for stage in self._stages])
         self._machine.check(self._model)
+        self.optimizer.follow(self._model)
 
     def _balance(self, batches: Batches) -> None:
         if self._stages:

@@ -1,0 +1,104 @@
+"""Parameter groups: which parameters have hyper-parameters of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import Tensor
+
+Overrides = Mapping[str, Any]
+GroupRule = Callable[[str, Tensor], Overrides | None] | Mapping[str, Overrides]
+
+
+def no_decay_on_norm_and_bias(name: str, parameter: Tensor) -> dict[str, Any] | None:
+    """For ``FDGRunner(..., param_groups=...)``: no weight decay where a parameter has at most one
+    dimension, as biases and the scales and shifts of normalisation layers have."""
+    return {"weight_decay": 0.0} if parameter.ndim <= 1 else None
+
+
+class ParameterGroups:
+    """The groups of a model, in order; the first one is the default and overrides nothing.
+
+    Args:
+        rule: ``(name, parameter) -> overrides or None``; parameters with equal overrides form a group.
+            Or a mapping from patterns of names (as in the shell: ``"*.bias"``) to overrides, of which
+            the first pattern that matches counts. None: there is one group.
+        named: all parameters of the model, with their names.
+        known: the hyper-parameters that can be overridden.
+
+    Raises:
+        TypeError: the rule, or what it gives, is of another kind.
+        ValueError: a pattern matches nothing, or what is to be overridden does not exist.
+    """
+
+    def __init__(
+        self, rule: GroupRule | None, named: Iterable[tuple[str, Tensor]], known: Iterable[str]
+    ) -> None:
+        if rule is not None and not callable(rule) and not isinstance(rule, Mapping):
+            raise TypeError(
+                f"param_groups must be a function (name, parameter) -> dict or None, or a mapping "
+                f"from patterns of parameter names to dicts; got a {type(rule).__name__}"
+            )
+        self._rule = rule
+        self._known = list(known)
+        self.overrides: list[Overrides] = [{}]
+        self._groups: dict[str, int] = {}
+        parameters = list(named)
+        if isinstance(rule, Mapping):
+            self._check_patterns(rule, [name for name, _ in parameters])
+        for name, parameter in parameters:
+            overrides = self._overrides_of(name, parameter)
+            if overrides not in self.overrides:
+                self.overrides.append(overrides)
+            self._groups[name] = self.overrides.index(overrides)
+
+    def of(self, name: str, parameter: Tensor) -> int:
+        """The number of the group that the parameter called ``name`` is in.
+
+        Raises:
+            ValueError: it is new to the model, and no group has the overrides it should have.
+        """
+        if name not in self._groups:
+            overrides = self._overrides_of(name, parameter)
+            if overrides not in self.overrides:
+                raise ValueError(
+                    f"parameter {name} is new, and param_groups gives it {dict(overrides)}, which no "
+                    f"parameter had when the runner was made; make a new runner"
+                )
+            self._groups[name] = self.overrides.index(overrides)
+        return self._groups[name]
+
+    def _overrides_of(self, name: str, parameter: Tensor) -> Overrides:
+        if self._rule is None:
+            return {}
+        if isinstance(self._rule, Mapping):
+            matching = (o for pattern, o in self._rule.items() if fnmatchcase(name, pattern))
+            overrides = next(matching, None)
+        else:
+            overrides = self._rule(name, parameter)
+        if overrides is None:
+            return {}
+        if not isinstance(overrides, Mapping):
+            raise TypeError(
+                f"param_groups must give a dict such as {{'weight_decay': 0.0}}, or None, for each "
+                f"parameter; for {name} it gives {overrides!r}"
+            )
+        for key in overrides:
+            if key not in self._known:
+                raise ValueError(
+                    f"param_groups overrides {key!r} for {name}, but the hyper-parameters are "
+                    f"{', '.join(self._known)}"
+                )
+        return dict(overrides)
+
+    @staticmethod
+    def _check_patterns(patterns: Iterable[str], names: list[str]) -> None:
+        for pattern in patterns:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                shown = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
+                raise ValueError(
+                    f"param_groups: the pattern {pattern!r} matches no parameter; the model's are "
+                    f"{shown}"
+                )

@@ -1,0 +1,37 @@
+"""The hyper-parameters of the batches in flight."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from fdg_cuda.optim import DelayedOptimizer
+
+FIRST_SHRINK = 4  # column, as in csrc/flat_parameters.h
+
+
+class HyperTable:
+    """Each batch's hyper-parameters, as they were when it entered.
+
+    Args:
+        optimizer: where they are read.
+        rows: batches in flight at once, at most.
+        shrinks: per stage, how often beta multiplies its gradients.
+
+    Attributes:
+        table: float64 (rows, groups, FIRST_SHRINK + stages): what native updates read.
+    """
+
+    def __init__(self, optimizer: DelayedOptimizer, rows: int, shrinks: Sequence[int]) -> None:
+        self.optimizer = optimizer
+        self._shrinks = list(shrinks)
+        self.table = np.zeros((rows, len(optimizer.param_groups), FIRST_SHRINK + len(shrinks)))
+
+    def enter(self, batch: int) -> None:
+        """Keep what is in force now for ``batch``.
+
+        Raises:
+            TypeError, ValueError: a value was set that cannot be.
+        """
+        self.table[batch % len(self.table)] = self.optimizer.hyper_row(self._shrinks)
