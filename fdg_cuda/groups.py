@@ -48,10 +48,11 @@ class ParameterGroups:
         parameters = list(named)
         if isinstance(rule, Mapping):
             self._check_patterns(rule, [name for name, _ in parameters])
+            for pattern, overrides in rule.items():
+                self._add(self._checked(overrides, f"the pattern {pattern!r}"))
         for name, parameter in parameters:
             overrides = self._overrides_of(name, parameter)
-            if overrides not in self.overrides:
-                self.overrides.append(overrides)
+            self._add(overrides)
             self._groups[name] = self.overrides.index(overrides)
 
     def of(self, name: str, parameter: Tensor) -> int:
@@ -70,6 +71,10 @@ class ParameterGroups:
             self._groups[name] = self.overrides.index(overrides)
         return self._groups[name]
 
+    def _add(self, overrides: Overrides) -> None:
+        if overrides not in self.overrides:
+            self.overrides.append(overrides)
+
     def _overrides_of(self, name: str, parameter: Tensor) -> Overrides:
         if self._rule is None:
             return {}
@@ -78,17 +83,18 @@ class ParameterGroups:
             overrides = next(matching, None)
         else:
             overrides = self._rule(name, parameter)
-        if overrides is None:
-            return {}
+        return {} if overrides is None else self._checked(overrides, f"parameter {name}")
+
+    def _checked(self, overrides: Any, what: str) -> Overrides:
         if not isinstance(overrides, Mapping):
             raise TypeError(
-                f"param_groups must give a dict such as {{'weight_decay': 0.0}}, or None, for each "
-                f"parameter; for {name} it gives {overrides!r}"
+                f"param_groups must give dicts such as {{'weight_decay': 0.0}}, or a function None; "
+                f"for {what} it gives {overrides!r}"
             )
         for key in overrides:
             if key not in self._known:
                 raise ValueError(
-                    f"param_groups overrides {key!r} for {name}, but the hyper-parameters are "
+                    f"param_groups overrides {key!r} for {what}, but the hyper-parameters are "
                     f"{', '.join(self._known)}"
                 )
         return dict(overrides)
