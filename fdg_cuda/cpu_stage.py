@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fdg_cuda._core import FlatSgd, Work
+from fdg_cuda.gradients import UpdateRule
 from fdg_cuda.hyper import HyperTable
 from fdg_cuda.layout import INBOX_HALVES, Step
 from fdg_cuda.schedule import Kind
@@ -18,8 +19,16 @@ from fdg_cuda.stage import Stage, wants_gradient
 class CpuStage(Stage):
     """Its forward and backward run on its own thread."""
 
-    def __init__(self, index: int, layers: Sequence[nn.Module], slots: int, *, stash: bool) -> None:
-        super().__init__(index, layers, slots, stash=stash, device=torch.device("cpu"))
+    def __init__(
+        self,
+        index: int,
+        layers: Sequence[nn.Module],
+        slots: int,
+        *,
+        stash: bool,
+        rule: UpdateRule,
+    ) -> None:
+        super().__init__(index, layers, slots, stash=stash, rule=rule, device=torch.device("cpu"))
         # Wiring, set by the runner.
         self.below: CpuStage | None = None
         self.above: CpuStage | None = None
@@ -34,8 +43,7 @@ class CpuStage(Stage):
     def begin_fit(self, *, hyper: HyperTable, threads: int) -> None:
         """Lay the parameters out anew if they changed, and make the native update."""
         self.lay_out_anew()
-        groups = hyper.optimizer.groups_of(self.memory.parameters)
-        self._sgd = self.memory.cpu_sgd(hyper.table, threads, groups=groups)
+        self._sgd = self.memory.cpu_sgd(hyper.table, threads, **self.begin_updates(hyper))
 
     def end_fit(self) -> None:
         super().end_fit()
@@ -75,7 +83,10 @@ class CpuStage(Stage):
             case Kind.UPDATE:
                 if not self.memory.parameters:
                     return None
-                return self.native_sgd.update(step.source if self._stash else 0, copy)
+                source = step.source if self._stash else 0
+                if self._gradients is not None:
+                    return partial(self._update, source, copy, 0)
+                return self.native_sgd.update(source, copy)
             case _:
                 raise ValueError(f"a stage on the CPU has no part in a {step.kind}")
 
@@ -84,6 +95,9 @@ class CpuStage(Stage):
         """The fused update of the running fit."""
         assert self._sgd is not None, "begin_fit comes first"
         return self._sgd
+
+    def _update_natively(self, source: int, copy: int, row: int, batch: int) -> None:
+        self.native_sgd.run_update(source, copy, batch)
 
     def _take_input(self, batch: int) -> Tensor:
         if self.below is None:

@@ -15,6 +15,7 @@ from fdg_cuda.accelerator import accelerator
 from fdg_cuda.batches import Batch
 from fdg_cuda.cuda_pipeline import CudaPipeline
 from fdg_cuda.cuda_stage import CudaStage
+from fdg_cuda.gradients import UpdateRule
 from fdg_cuda.interrupts import Interrupts
 from fdg_cuda.layer_times import remembered
 from fdg_cuda.machine import Machine
@@ -44,10 +45,19 @@ class CudaMachine(Machine):
     """
 
     def __init__(
-        self, schedule: Schedule, ordinals: Sequence[int], *, stash: bool, graphs: str | bool
+        self,
+        schedule: Schedule,
+        ordinals: Sequence[int],
+        *,
+        stash: bool,
+        rule: UpdateRule,
+        graphs: str | bool,
     ) -> None:
-        super().__init__(schedule, stash=stash)
+        super().__init__(schedule, stash=stash, rule=rule)
         self._ordinals = list(ordinals)
+        if graphs == "auto" and rule.needs_python:
+            logger.info("stages run eagerly, not as captured graphs: %s", rule.needs_python)
+            graphs = False
         self._graphs = GRAPHS[graphs]
         self._stages: list[CudaStage] = []
         # For tests: see CudaPipeline; and hops that are staged although devices reach each other.
@@ -59,7 +69,14 @@ class CudaMachine(Machine):
 
     def make_stages(self, parts: Sequence[Sequence[nn.Module]]) -> Sequence[Stage]:
         self._stages = [
-            CudaStage(k, part, self.schedule.slots(k), stash=self.stash, ordinal=ordinal)
+            CudaStage(
+                k,
+                part,
+                self.schedule.slots(k),
+                stash=self.stash,
+                rule=self.rule,
+                ordinal=ordinal,
+            )
             for k, (part, ordinal) in enumerate(zip(parts, self._ordinals, strict=True))
         ]
         for lower, upper in pairwise(self._stages):

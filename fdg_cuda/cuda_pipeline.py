@@ -81,11 +81,10 @@ class CudaPipeline(Pipeline):
     def _make_fit(self, ordinals: list[int], staged: Sequence[bool], graphs: str) -> CudaFit:
         results = accelerator().pinned(self._rows * METRICS * 8).view(torch.float64)
         results = results.view(self._rows, METRICS)
+        handles = [self._scheduler.stream_handle(index) for index in range(len(ordinals))]
         return CudaFit(
-            lanes=[
-                accelerator().lane(ordinal, self._scheduler.stream_handle(index))
-                for index, ordinal in enumerate(ordinals)
-            ],
+            lanes=list(map(accelerator().lane, ordinals, handles)),
+            handles=handles,
             staged=list(staged),
             hyper=self._hyper,
             regular=np.zeros((self._schedule.stages, self._rows), dtype=np.uint8),

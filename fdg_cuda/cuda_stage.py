@@ -26,6 +26,7 @@ from fdg_cuda.accelerator import Lane, accelerator
 from fdg_cuda.chain import check_loss
 from fdg_cuda.errors import said_out_of_memory
 from fdg_cuda.flat import DTYPES
+from fdg_cuda.gradients import UpdateRule
 from fdg_cuda.hyper import HyperTable
 from fdg_cuda.layout import INBOX_HALVES, CudaLayout, Step, Transfer
 from fdg_cuda.mail import Form, Inbox, Outbox, laid_out_like, turns, without_gaps, word
@@ -51,6 +52,7 @@ class CudaFit:
 
     Attributes:
         lanes: torch's view of the scheduler's streams, in their order.
+        handles: those streams themselves, each a ``cudaStream_t``.
         staged: per hop, whether it goes through pinned host memory.
         regular: uint8 (stages, rows): whether the batch in a row has the regular form there.
         inputs, targets: the batches that entered, in pinned memory.
@@ -59,6 +61,7 @@ class CudaFit:
     """
 
     lanes: list[Lane]
+    handles: list[int]
     staged: list[bool]
     hyper: HyperTable
     regular: np.ndarray
@@ -87,6 +90,7 @@ class CudaStage(Stage):
         slots: int,
         *,
         stash: bool,
+        rule: UpdateRule,
         ordinal: int,
     ) -> None:
         self.ordinal = ordinal
@@ -94,7 +98,7 @@ class CudaStage(Stage):
         with said_out_of_memory(index, ordinal):
             for layer in layers:
                 layer.to(device)
-            super().__init__(index, layers, slots, stash=stash, device=device)
+            super().__init__(index, layers, slots, stash=stash, rule=rule, device=device)
         # Wiring, set by the machine.
         self.above: CudaStage | None = None
         self._below: ReferenceType[CudaStage] | None = None
@@ -133,10 +137,9 @@ class CudaStage(Stage):
             self._metrics_words = np.array(
                 [self.metrics.data_ptr(), self.metrics.nbytes], dtype=WORD
             )
-            groups = fit.hyper.optimizer.groups_of(self.memory.parameters)
             if self.memory.parameters:
                 self._sgd = _core.CudaSgd(
-                    **self.memory.addresses(fit.hyper.table, groups=groups),
+                    **self.memory.addresses(fit.hyper.table, **self.begin_updates(fit.hyper)),
                     gradient_dtype=DTYPES[self.memory.dtype],
                     device=self.ordinal,
                     slots=len(self._slots),
@@ -219,6 +222,8 @@ class CudaStage(Stage):
                 return self._sgd.copy(step.source, slot) if self._sgd and self._stash else None
             case Kind.UPDATE:
                 source = step.source if self._stash else 0
+                if self._gradients is not None:
+                    return partial(self._enqueue_update, source, copy, slot)
                 return self._sgd.update(source, copy, slot) if self._sgd else None
             case Kind.SEND_ACTIVATION:
                 assert self.above is not None
@@ -293,6 +298,15 @@ class CudaStage(Stage):
     def _enqueue_backward(self, slot: int, copy: int, batch: int) -> None:
         with self.enqueuing():
             self._backward(slot, copy, batch, slot)
+
+    def _enqueue_update(self, source: int, copy: int, row: int, batch: int) -> None:
+        with self.enqueuing():
+            self._update(source, copy, row, batch)
+
+    def _update_natively(self, source: int, copy: int, row: int, batch: int) -> None:
+        assert self._sgd is not None
+        stream = self.fit.handles[CudaLayout.compute(self.index)]
+        self._sgd.run_update(source=source, target=copy, slot=row, batch=batch, stream=stream)
 
     def take_target(self, batch: int) -> Tensor:
         """A copy of the labels of ``batch``: the inbox is written again before the backward."""

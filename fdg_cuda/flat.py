@@ -167,6 +167,16 @@ class FlatMemory:
         self.gradient_table[row] = addresses
         self._gradients = gradients
 
+    @property
+    def gradients(self) -> list[Tensor | None]:
+        """Those of the latest backward, or what was put in their place; None: there is none."""
+        return self._gradients
+
+    def place_gradients(self, gradients: list[Tensor | None], row: int) -> None:
+        """Put ``gradients``, each laid out as its parameter, where the update finds them."""
+        self.gradient_table[row] = [0 if g is None else g.data_ptr() for g in gradients]
+        self._gradients = gradients
+
     def release_gradients(self) -> None:
         """Let go of all gradients, those of a backward that failed half-way too. Only while nothing
         is running."""

@@ -35,3 +35,8 @@ class HyperTable:
             TypeError, ValueError: a value was set that cannot be.
         """
         self.table[batch % len(self.table)] = self.optimizer.hyper_row(self._shrinks)
+
+    def shrinks(self, batch: int, stage: int) -> list[float]:
+        """The factor of the gradients of ``batch`` at ``stage``, per parameter group."""
+        factors: list[float] = self.table[batch % len(self.table), :, FIRST_SHRINK + stage].tolist()
+        return factors

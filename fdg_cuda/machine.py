@@ -12,6 +12,7 @@ from fdg_cuda.batches import Batch
 from fdg_cuda.chain import warn_of_random_layers
 from fdg_cuda.cpu_pipeline import CpuPipeline, torch_threads
 from fdg_cuda.cpu_stage import CpuStage
+from fdg_cuda.gradients import UpdateRule
 from fdg_cuda.interrupts import Interrupts
 from fdg_cuda.layer_times import remembered
 from fdg_cuda.optim import DelayedOptimizer
@@ -28,11 +29,13 @@ class Machine(ABC):
     Args:
         schedule: the rule.
         stash: whether each slot has its own weight copy.
+        rule: how stages come from gradients to an update.
     """
 
-    def __init__(self, schedule: Schedule, *, stash: bool) -> None:
+    def __init__(self, schedule: Schedule, *, stash: bool, rule: UpdateRule) -> None:
         self.schedule = schedule
         self.stash = stash
+        self.rule = rule
 
     @abstractmethod
     def make_stages(self, parts: Sequence[Sequence[nn.Module]]) -> Sequence[Stage]:
@@ -69,8 +72,10 @@ class CpuMachine(Machine):
         cpu_threads: cores the stages share; None: ``torch.get_num_threads()``.
     """
 
-    def __init__(self, schedule: Schedule, *, stash: bool, cpu_threads: int | None) -> None:
-        super().__init__(schedule, stash=stash)
+    def __init__(
+        self, schedule: Schedule, *, stash: bool, rule: UpdateRule, cpu_threads: int | None
+    ) -> None:
+        super().__init__(schedule, stash=stash, rule=rule)
         self._cpu_threads = cpu_threads
         self._stages: list[CpuStage] = []
         # For tests: (seed, longest delay in microseconds) put before every action.
@@ -78,7 +83,7 @@ class CpuMachine(Machine):
 
     def make_stages(self, parts: Sequence[Sequence[nn.Module]]) -> Sequence[Stage]:
         self._stages = [
-            CpuStage(k, part, self.schedule.slots(k), stash=self.stash)
+            CpuStage(k, part, self.schedule.slots(k), stash=self.stash, rule=self.rule)
             for k, part in enumerate(parts)
         ]
         for lower, upper in zip(self._stages, self._stages[1:], strict=False):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from fdg_cuda.gradients import UpdateRule
 from fdg_cuda.machine import CpuMachine, Machine
 from fdg_cuda.schedule import Schedule
 
@@ -15,6 +16,7 @@ def make_machine(
     schedule: Schedule,
     *,
     stash: bool,
+    rule: UpdateRule,
     cpu_threads: int | None,
     graphs: str | bool,
 ) -> Machine:
@@ -29,14 +31,20 @@ def make_machine(
                 "graphs=True asks for CUDA graphs, but the devices are CPUs; leave graphs out, or name "
                 "CUDA devices"
             )
-        return CpuMachine(schedule, stash=stash, cpu_threads=cpu_threads)
+        return CpuMachine(schedule, stash=stash, rule=rule, cpu_threads=cpu_threads)
     if cpu_threads is not None:
         raise ValueError(
             "cpu_threads is for stages on the CPU, but these devices are CUDA ones; leave it out"
         )
+    if graphs is True and rule.needs_python:
+        raise ValueError(
+            f"graphs=True asks for CUDA graphs, but {rule.needs_python}, which a graph cannot; leave "
+            f"graphs out"
+        )
     from fdg_cuda.cuda_machine import CudaMachine
 
-    return CudaMachine(schedule, [device.index for device in devices], stash=stash, graphs=graphs)
+    ordinals = [device.index for device in devices]
+    return CudaMachine(schedule, ordinals, stash=stash, rule=rule, graphs=graphs)
 
 
 def check_options(graphs: object, cpu_threads: object) -> None:

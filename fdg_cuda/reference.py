@@ -94,6 +94,8 @@ def train(
     nesterov: bool = False,
     beta: float = 0.5,
     backward_weights: str = "stash",
+    clip_norm: float | None = None,
+    clip_value: float | None = None,
     record_gradients: bool = False,
 ) -> ReferenceResult:
     """Train a chain of stages with delayed gradients, in place, one batch after the other.
@@ -121,7 +123,10 @@ def train(
         backward_weights: ``"stash"``: the backward uses the weights of the forward (FDG eq. 7).
             ``"current"``: the activations are stale, the weights are the newest, as when updates
             are in place (what FDG's authors' program did).
-        record_gradients: fill ``gradients`` of the result.
+        clip_norm: ``torch.nn.utils.clip_grad_norm_`` of each stage's gradients by itself, shrunk,
+            before weight decay. None: not.
+        clip_value: likewise ``clip_grad_value_``.
+        record_gradients: fill ``gradients`` of the result, as they were before they were clipped.
 
     Raises:
         TypeError: a stage, batch, stage output or loss is not of the stated kind.
@@ -162,7 +167,8 @@ def train(
 
             rate = float(lr(start + b) if callable(lr) else lr)
             _check_number(f"lr (for batch {start + b})", rate)
-            for stage, version, grads in zip(chain, versions, gradients, strict=True):
+            for stage, version, found in zip(chain, versions, gradients, strict=True):
+                grads = _clip(found, clip_norm, clip_value)
                 _update(stage, grads, rate, momentum, weight_decay, nesterov)
                 stage.keep(b + 1, oldest=version)
 
@@ -231,6 +237,24 @@ def _backward(passes: Sequence[_Pass], loss: Tensor, factor: float) -> list[list
         gradients.insert(0, found[: len(way.leaves)])
         error = found[-1] if k > 0 else None
     return gradients
+
+
+def _clip(
+    gradients: Sequence[Tensor | None], norm: float | None, value: float | None
+) -> list[Tensor | None]:
+    """The gradients of one stage, clipped by torch itself."""
+    if norm is None and value is None:
+        return list(gradients)
+    holders = [None if g is None else nn.Parameter(torch.zeros_like(g)) for g in gradients]
+    for holder, gradient in zip(holders, gradients, strict=True):
+        if holder is not None and gradient is not None:
+            holder.grad = gradient.clone()
+    present = [holder for holder in holders if holder is not None]
+    if norm is not None:
+        nn.utils.clip_grad_norm_(present, norm)
+    if value is not None:
+        nn.utils.clip_grad_value_(present, value)
+    return [None if holder is None else holder.grad for holder in holders]
 
 
 @torch.no_grad()

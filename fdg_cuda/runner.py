@@ -24,6 +24,7 @@ from fdg_cuda.chain import (
 )
 from fdg_cuda.devices import Device, parse_devices
 from fdg_cuda.epoch import train_epoch
+from fdg_cuda.gradients import UpdateRule
 from fdg_cuda.groups import GroupRule
 from fdg_cuda.inference import evaluate, predict
 from fdg_cuda.interrupts import Interrupts
@@ -67,6 +68,9 @@ class FDGRunner:
             {"weight_decay": 0.0}`` or None, or a mapping from patterns of names (``{"*.bias": {...}}``;
             the first that matches counts) to such. Names are the model's; ``lr``, ``momentum``,
             ``weight_decay``, ``nesterov`` and ``beta`` can be overridden.
+        clip_norm: scale the gradients of a stage down to this norm, all of them taken together, as
+            ``torch.nn.utils.clip_grad_norm_`` does; shrunk, as they enter the update.
+        clip_value: cut their elements to this magnitude; not together with ``clip_norm``.
         backward_weights: ``"stash"``: a batch's backward uses the weights of its forward (FDG, eq. 7);
             ``"current"``: those of the moment, which takes one weight copy per stage.
         cpu_threads: cores that CPU stages share; default ``torch.get_num_threads()``. Each stage
@@ -101,6 +105,8 @@ class FDGRunner:
         nesterov: bool = False,
         beta: float = 0.5,
         param_groups: GroupRule | None = None,
+        clip_norm: float | None = None,
+        clip_value: float | None = None,
         backward_weights: str = "stash",
         cpu_threads: int | None = None,
         graphs: str | bool = "auto",
@@ -108,6 +114,7 @@ class FDGRunner:
         self._model = as_chain(model)
         self._layers = list(self._model)
         check_options(graphs, cpu_threads)
+        rule = UpdateRule(clip_norm=clip_norm, clip_value=clip_value)
         self._devices = parse_devices(devices)
         self._schedule = Schedule(method, len(self._devices))
         if backward_weights not in BACKWARD_WEIGHTS:
@@ -125,6 +132,7 @@ class FDGRunner:
             self._devices,
             self._schedule,
             stash=backward_weights == "stash",
+            rule=rule,
             cpu_threads=cpu_threads,
             graphs=graphs,
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,8 @@ from fdg_cuda.buffers import SavedBuffers
 from fdg_cuda.chain import check_output
 from fdg_cuda.errors import AliasedParameterError, said_where
 from fdg_cuda.flat import FlatMemory
+from fdg_cuda.gradients import Gradients, UpdateRule
+from fdg_cuda.hyper import HyperTable
 from fdg_cuda.layout import Step
 
 # Gives (output, batch) of the last stage to whoever computes the loss; returns the scalar loss.
@@ -90,6 +93,7 @@ class Stage(ABC):
         layers: its part of the chain.
         slots: batches it holds at once.
         stash: whether each slot has its own weight copy.
+        rule: how it comes from gradients to an update.
         device: where its parameters, activations and gradients lie.
     """
 
@@ -100,6 +104,7 @@ class Stage(ABC):
         slots: int,
         *,
         stash: bool,
+        rule: UpdateRule,
         device: torch.device,
     ) -> None:
         self.index = index
@@ -107,6 +112,8 @@ class Stage(ABC):
         self.device = device
         self._slots = [Slot() for _ in range(slots)]
         self._stash = stash
+        self._rule = rule
+        self._gradients: Gradients | None = None  # of the running fit, if Python has a part in it
         self._copies = slots if stash else 1
         self.memory = self._lay_out()
         self._sites = _ParameterSites(self.layers, self.memory.parameters)
@@ -129,9 +136,18 @@ class Stage(ABC):
         self._sites = _ParameterSites(self.layers, self.memory.parameters)
         self._input_changed_in_place = None
 
+    def begin_updates(self, hyper: HyperTable) -> dict[str, Any]:
+        """What a native update has to know beyond the memory; see :meth:`FlatMemory.addresses`."""
+        groups = hyper.optimizer.groups_of(self.memory.parameters)
+        if self._rule.needs_python:
+            self._gradients = Gradients(self.memory, self._rule, hyper, groups)
+        gain = None if self._gradients is None else self._gradients.gain
+        return {"groups": groups, "gain": gain}
+
     def end_fit(self) -> None:
         """Let go of what only a running ``fit`` needs."""
         self.loss = None
+        self._gradients = None
 
     def begin_epoch(self, first_slot: int) -> None:
         """Take the caller's weights into the slot that is forwarded first.
@@ -214,6 +230,10 @@ class Stage(ABC):
         """Make ``output`` ready to be sent."""
 
     @abstractmethod
+    def _update_natively(self, source: int, copy: int, row: int, batch: int) -> None:
+        """The fused update, now; see :meth:`_update`."""
+
+    @abstractmethod
     def _pass_down(self, batch: int, leaf: Tensor | None) -> None:
         """Make the gradient of the stage's input ``leaf`` ready to be sent; None: there is none."""
 
@@ -277,6 +297,14 @@ class Stage(ABC):
         self.memory.collect_gradients(copy, row)
         if not self.is_first:
             self._pass_down(batch, leaf)
+
+    def _update(self, source: int, copy: int, row: int, batch: int) -> None:
+        """The update of ``batch`` where Python has a part in it: from weight copy ``source`` into
+        ``copy``, with the gradients of ``row``."""
+        assert self._gradients is not None
+        with said_where(f"the update of batch {batch} at stage {self.index}"):
+            self._gradients.place(self._gradients.prepare(batch), row)
+            self._update_natively(source, copy, row, batch)
 
     def _check_leaves(self, root: Tensor, leaf: Tensor, copy: int) -> None:
         """Refuse what would get a gradient and never be trained."""

@@ -75,3 +75,26 @@ def test_the_gain(gain: float) -> None:
         results.append((memory.weights[1], memory.momentum))
     for one, other in zip(*results, strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("clip", [{"clip_norm": 0.3}, {"clip_value": 0.05}], ids=str)
+@pytest.mark.parametrize("backward_weights", ["stash", "current"])
+@pytest.mark.parametrize("stages", [1, 3])
+def test_clipping(stages: int, backward_weights: str, clip: dict[str, Any]) -> None:
+    difference = difference_from_cpu(
+        stages, backward_weights=backward_weights, lr=0.05, beta=0.7, **clip
+    )
+    assert difference < TOLERANCE
+
+
+def test_graphs_are_left_out_where_python_needs_the_gradients(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level("INFO", logger="fdg_cuda"):
+        runner = FDGRunner(mlp(), [0, 0], split=[4], clip_norm=1.0)
+        runner.fit(batches(3))
+    said = [record.message for record in caplog.records if "eagerly" in record.message]
+    assert len(said) == 1
+    assert "clip_norm" in said[0]
+    with pytest.raises(ValueError, match=r"graphs=True .* clip_norm"):
+        FDGRunner(mlp(), [0, 0], split=[4], clip_norm=1.0, graphs=True)
