@@ -87,7 +87,8 @@ def measure(model: str, stages: int, batch_size: int, mode: str) -> list[dict[st
 
 def snapshot_bytes(stage: Stage) -> int:
     snapshot = stage.snapshot()
-    return snapshot.weights.nbytes + snapshot.momentum.nbytes
+    state = [value for each in snapshot.optimizer for value in each.values()]
+    return snapshot.weights.nbytes + sum(v.nbytes for v in state if isinstance(v, Tensor))
 
 
 def main() -> None:

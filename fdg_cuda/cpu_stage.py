@@ -43,7 +43,9 @@ class CpuStage(Stage):
     def begin_fit(self, *, hyper: HyperTable, threads: int) -> None:
         """Lay the parameters out anew if they changed, and make the native update."""
         self.lay_out_anew()
-        self._sgd = self.memory.cpu_sgd(hyper.table, threads, **self.begin_updates(hyper))
+        options = self.begin_updates(hyper)
+        if self._rule.optimizer is None:
+            self._sgd = self.memory.cpu_sgd(hyper.table, threads, **options)
 
     def end_fit(self) -> None:
         super().end_fit()
@@ -79,7 +81,9 @@ class CpuStage(Stage):
             case Kind.COPY_WEIGHTS:
                 if not self._stash or not self.memory.parameters:
                     return None
-                return self.native_sgd.copy(step.source, slot)
+                if self._sgd is None:
+                    return partial(self._copy_weights, step.source, slot)
+                return self._sgd.copy(step.source, slot)
             case Kind.UPDATE:
                 if not self.memory.parameters:
                     return None

@@ -137,9 +137,10 @@ class CudaStage(Stage):
             self._metrics_words = np.array(
                 [self.metrics.data_ptr(), self.metrics.nbytes], dtype=WORD
             )
-            if self.memory.parameters:
+            options = self.begin_updates(fit.hyper)
+            if self.memory.parameters and self._rule.optimizer is None:
                 self._sgd = _core.CudaSgd(
-                    **self.memory.addresses(fit.hyper.table, **self.begin_updates(fit.hyper)),
+                    **self.memory.addresses(fit.hyper.table, **options),
                     gradient_dtype=DTYPES[self.memory.dtype],
                     device=self.ordinal,
                     slots=len(self._slots),
@@ -219,10 +220,14 @@ class CudaStage(Stage):
                 eager = partial(self._enqueue_backward, slot, copy)
                 return self._graphs.backward(slot, half, eager) if self._graphs else eager
             case Kind.COPY_WEIGHTS:
-                return self._sgd.copy(step.source, slot) if self._sgd and self._stash else None
+                if not self._stash or not self.memory.parameters:
+                    return None
+                if self._sgd is None:
+                    return partial(self._enqueue_copy, step.source, slot)
+                return self._sgd.copy(step.source, slot)
             case Kind.UPDATE:
                 source = step.source if self._stash else 0
-                if self._gradients is not None:
+                if self._gradients is not None and self.memory.parameters:
                     return partial(self._enqueue_update, source, copy, slot)
                 return self._sgd.update(source, copy, slot) if self._sgd else None
             case Kind.SEND_ACTIVATION:
@@ -302,6 +307,10 @@ class CudaStage(Stage):
     def _enqueue_update(self, source: int, copy: int, row: int, batch: int) -> None:
         with self.enqueuing():
             self._update(source, copy, row, batch)
+
+    def _enqueue_copy(self, source: int, copy: int, batch: int) -> None:
+        with self.enqueuing():
+            self._copy_weights(source, copy, batch)
 
     def _update_natively(self, source: int, copy: int, row: int, batch: int) -> None:
         assert self._sgd is not None

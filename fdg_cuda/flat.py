@@ -8,7 +8,6 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from fdg_cuda._core import FlatSgd
 
@@ -56,7 +55,7 @@ class FlatMemory:
         self._strides = [_dense_strides(parameter) for parameter in self.parameters]
         # Leaves of the autograd graphs, one set per weight copy.
         self.leaves = [
-            [nn.Parameter(view) for view in self._views(weights)] for weights in self.weights
+            [nn.Parameter(view) for view in self.views(weights)] for weights in self.weights
         ]
         self.gradient_table = np.zeros((gradient_rows, len(self.parameters)), dtype=np.uint64)
         self._gradients: list[Tensor | None] = []
@@ -69,6 +68,11 @@ class FlatMemory:
         if self._momentum is None:
             self._momentum = torch.zeros_like(self.weights[0])
         return self._momentum
+
+    @property
+    def has_momentum(self) -> bool:
+        """Whether anybody asked for the momentum yet."""
+        return self._momentum is not None
 
     @property
     def newest(self) -> int:
@@ -100,34 +104,18 @@ class FlatMemory:
             for new, old, leaf in zip(parameters, self.parameters, self.leaves[0], strict=True)
         )
 
-    def remember_momentum(self, memory: WeakTensorKeyDictionary) -> None:
-        """Put every parameter's momentum into ``memory``, for another layout to come."""
-        if self._momentum is None:
-            return
-        for parameter, view in zip(self.parameters, self._views(self.momentum), strict=True):
-            memory[parameter] = view
-
-    def recall_momentum(self, memory: WeakTensorKeyDictionary) -> None:
-        """Take the momentum of those parameters that ``memory`` knows."""
-        if len(memory) == 0:
-            return
-        for parameter, view in zip(self.parameters, self._views(self.momentum), strict=True):
-            known = memory.get(parameter, None)  # type: ignore[no-untyped-call]
-            if known is not None and known.shape == view.shape:
-                view.copy_(known)
-
     def adopt(self) -> None:
         """Take the caller's parameters as the newest weights, if they are not already."""
         with torch.no_grad():
             for parameter, view in zip(
-                self.parameters, self._views(self.newest_weights), strict=True
+                self.parameters, self.views(self.newest_weights), strict=True
             ):
                 if parameter.data_ptr() != view.data_ptr() or parameter.stride() != view.stride():
                     view.copy_(parameter)
 
     def publish(self) -> None:
         """Make the caller's parameters views of the newest weights."""
-        for parameter, view in zip(self.parameters, self._views(self.newest_weights), strict=True):
+        for parameter, view in zip(self.parameters, self.views(self.newest_weights), strict=True):
             parameter.data = view
 
     def make_newest(self, copy: int) -> None:
@@ -135,6 +123,17 @@ class FlatMemory:
         if copy != self.newest:
             self.weights[copy].copy_(self.newest_weights)
             self._progress[0] = copy
+
+    def copy_weights(self, source: int, target: int) -> None:
+        """Put the newest weights, which are in copy ``source``, into ``target``, where a stage's
+        work is enqueued or run."""
+        if source != target:
+            self.weights[target].copy_(self.weights[source])
+        self._progress[0] = target
+
+    def count_update(self) -> None:
+        """One more was made, of the newest copy in place."""
+        self._progress[1] += 1
 
     def collect_gradients(self, copy: int, row: int = 0) -> None:
         """Move the gradients from the leaves of ``copy`` to where the update finds them: ``row`` of
@@ -228,7 +227,8 @@ class FlatMemory:
             "progress": self._progress.ctypes.data,
         }
 
-    def _views(self, flat: Tensor) -> list[Tensor]:
+    def views(self, flat: Tensor) -> list[Tensor]:
+        """Every parameter's part of ``flat``, in its own shape and strides."""
         return [
             torch.as_strided(flat, parameter.shape, strides, offset)
             for parameter, strides, (offset, _) in zip(

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fdg_cuda.factory import Factory, check_factory
 from fdg_cuda.flat import FlatMemory
 from fdg_cuda.hyper import HyperTable
 
@@ -29,6 +30,7 @@ class UpdateRule:
         clip_norm: the largest norm of a stage's gradients, all taken together, as they enter the
             update (shrunk); larger ones are scaled down to it. None: they are not.
         clip_value: the largest magnitude of an element of them. None: there is none.
+        optimizer: makes the torch optimizer of each stage. None: SGD, as the fused update does it.
 
     Raises:
         TypeError, ValueError: a value that cannot be, or both ways to clip.
@@ -36,8 +38,10 @@ class UpdateRule:
 
     clip_norm: float | None = None
     clip_value: float | None = None
+    optimizer: Factory | None = None
 
     def __post_init__(self) -> None:
+        check_factory(self.optimizer)
         for name in ("clip_norm", "clip_value"):
             _check_limit(name, getattr(self, name))
         if self.clip_norm is not None and self.clip_value is not None:
@@ -49,6 +53,8 @@ class UpdateRule:
         if self.clip_norm is not None or self.clip_value is not None:
             name = "clip_value" if self.clip_norm is None else "clip_norm"
             return f"{name} looks at the gradients between backward and update"
+        if self.optimizer is not None:
+            return "the optimizer given works in Python"
         return None
 
 
@@ -91,7 +97,7 @@ class Gradients:
     ) -> None:
         self._memory = memory
         self._rule = rule
-        self._hyper = hyper
+        self.hyper = hyper
         self._groups = list(groups)
         # Read by the native update when it runs.
         self.gain = torch.ones((), dtype=torch.float64, device=memory.newest_weights.device)
@@ -99,7 +105,7 @@ class Gradients:
     def prepare(self, batch: int) -> Ready:
         """Those of the backward of ``batch``, for its update. Asks no device for anything."""
         gradients = self._memory.gradients
-        by_group = self._hyper.shrinks(batch, self._memory.stage)
+        by_group = self.hyper.shrinks(batch, self._memory.stage)
         ready = Ready(gradients, [by_group[group] for group in self._groups], 1.0)
         if any(gradient is not None for gradient in gradients):
             if self._rule.clip_norm is not None:

@@ -26,23 +26,19 @@ class ParameterGroups:
             Or a mapping from patterns of names (as in the shell: ``"*.bias"``) to overrides, of which
             the first pattern that matches counts. None: there is one group.
         named: all parameters of the model, with their names.
-        known: the hyper-parameters that can be overridden.
 
     Raises:
         TypeError: the rule, or what it gives, is of another kind.
-        ValueError: a pattern matches nothing, or what is to be overridden does not exist.
+        ValueError: a pattern matches nothing.
     """
 
-    def __init__(
-        self, rule: GroupRule | None, named: Iterable[tuple[str, Tensor]], known: Iterable[str]
-    ) -> None:
+    def __init__(self, rule: GroupRule | None, named: Iterable[tuple[str, Tensor]]) -> None:
         if rule is not None and not callable(rule) and not isinstance(rule, Mapping):
             raise TypeError(
                 f"param_groups must be a function (name, parameter) -> dict or None, or a mapping "
                 f"from patterns of parameter names to dicts; got a {type(rule).__name__}"
             )
         self._rule = rule
-        self._known = list(known)
         self.overrides: list[Overrides] = [{}]
         self._groups: dict[str, int] = {}
         parameters = list(named)
@@ -54,6 +50,31 @@ class ParameterGroups:
             overrides = self._overrides_of(name, parameter)
             self._add(overrides)
             self._groups[name] = self.overrides.index(overrides)
+
+    def check_keys(self, known: Iterable[str]) -> None:
+        """``known``: the hyper-parameters that can be overridden.
+
+        Raises:
+            ValueError: a group overrides another one.
+        """
+        names = list(known)
+        for key in (key for overrides in self.overrides for key in overrides):
+            if key not in names:
+                raise ValueError(
+                    f"param_groups overrides {key!r}, but the hyper-parameters are {', '.join(names)}"
+                )
+
+    def divide(self, numbers: Iterable[int], tensors: Iterable[Tensor]) -> list[dict[str, Any]]:
+        """``tensors``, each in the group of its number, as torch optimizers take groups."""
+        divided: list[dict[str, Any]] = [{"params": [], **each} for each in self.overrides]
+        for number, tensor in zip(numbers, tensors, strict=True):
+            divided[number]["params"].append(tensor)
+        return divided
+
+    @property
+    def given(self) -> bool:
+        """Whether the caller asked for groups."""
+        return self._rule is not None
 
     def of(self, name: str, parameter: Tensor) -> int:
         """The number of the group that the parameter called ``name`` is in.
@@ -91,12 +112,6 @@ class ParameterGroups:
                 f"param_groups must give dicts such as {{'weight_decay': 0.0}}, or a function None; "
                 f"for {what} it gives {overrides!r}"
             )
-        for key in overrides:
-            if key not in self._known:
-                raise ValueError(
-                    f"param_groups overrides {key!r} for {what}, but the hyper-parameters are "
-                    f"{', '.join(self._known)}"
-                )
         return dict(overrides)
 
     @staticmethod

@@ -38,8 +38,8 @@ def make_machine(
         )
     if graphs is True and rule.needs_python:
         raise ValueError(
-            f"graphs=True asks for CUDA graphs, but {rule.needs_python}, which a graph cannot; leave "
-            f"graphs out"
+            f"graphs=True asks for CUDA graphs, but {rule.needs_python}, which no graph "
+            f"can hold; leave graphs out"
         )
     from fdg_cuda.cuda_machine import CudaMachine
 

@@ -10,7 +10,10 @@ from typing import Any, SupportsFloat
 import torch
 from torch import Tensor, nn
 
+from fdg_cuda.factory import EXAMPLE, Factory, call_factory
 from fdg_cuda.groups import GroupRule, ParameterGroups
+
+FIRST_SHRINK = 4  # column of a block of the native table, as in csrc/flat_parameters.h
 
 
 class DelayedOptimizer(torch.optim.Optimizer, ABC):
@@ -21,20 +24,21 @@ class DelayedOptimizer(torch.optim.Optimizer, ABC):
 
     Args:
         model: all parameters of the stages.
-        rule: which of them are in which group; see :class:`~fdg_cuda.groups.ParameterGroups`.
-        defaults: the hyper-parameters of the default group, ``beta`` among them.
+        groups: which of them are in which group.
+        param_groups, defaults: as ``torch.optim.Optimizer`` takes them, ``beta`` among the defaults.
     """
 
-    def __init__(self, model: nn.Module, rule: GroupRule | None, defaults: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: ParameterGroups,
+        param_groups: list[dict[str, Any]],
+        defaults: dict[str, Any],
+    ) -> None:
         self._complete = False
-        self._groups = ParameterGroups(rule, model.named_parameters(), defaults)
+        self.groups = groups
         self.follow(model)
-        params: list[list[nn.Parameter]] = [[] for _ in self._groups.overrides]
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                params[self._group_of[parameter]].append(parameter)
-        groups = zip(params, self._groups.overrides, strict=True)
-        super().__init__([{"params": own, **overrides} for own, overrides in groups], defaults)
+        super().__init__(param_groups, defaults)
         self._complete = True
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -59,7 +63,7 @@ class DelayedOptimizer(torch.optim.Optimizer, ABC):
         Raises:
             ValueError: a new parameter is in no group.
         """
-        self._group_of = {p: self._groups.of(name, p) for name, p in model.named_parameters()}
+        self._group_of = {p: self.groups.of(name, p) for name, p in model.named_parameters()}
 
     def groups_of(self, parameters: Iterable[nn.Parameter]) -> list[int]:
         """The number of each parameter's group."""
@@ -73,6 +77,10 @@ class DelayedOptimizer(torch.optim.Optimizer, ABC):
         Raises:
             TypeError, ValueError: a value was set that cannot be.
         """
+
+    def values(self) -> list[dict[str, Any]]:
+        """Per group what a torch optimizer's update takes, in force now; none if there is none."""
+        return []
 
 
 class DelayedSGD(DelayedOptimizer):
@@ -103,12 +111,125 @@ class DelayedSGD(DelayedOptimizer):
             "beta": beta,
         }
         _check_sgd(defaults)
-        super().__init__(model, param_groups, defaults)
+        groups = ParameterGroups(param_groups, model.named_parameters())
+        groups.check_keys(defaults)
+        super().__init__(model, groups, groups.divide(*_trainable(model, groups)), defaults)
         for group in self.param_groups:
             _check_sgd(group)
 
     def hyper_row(self, shrinks: Sequence[int]) -> list[list[float]]:
         return [_sgd_block(group, shrinks) for group in self.param_groups]
+
+
+class DelayedTorch(DelayedOptimizer):
+    """The optimizer that ``factory`` makes, done by every stage with one of its own.
+
+    Its parameter groups hold what that optimizer's do, and ``beta``.
+
+    Raises:
+        TypeError, ValueError: the factory makes something that stages cannot use.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        factory: Factory,
+        *,
+        beta: float,
+        param_groups: GroupRule | None = None,
+    ) -> None:
+        _checked_beta(beta)
+        self._factory = factory
+        groups = ParameterGroups(param_groups, model.named_parameters())
+        made = self._make(groups, *_trainable(model, groups), "the model")
+        defaults = {**made.defaults, "beta": beta}
+        groups.check_keys(defaults)
+        super().__init__(model, groups, [dict(group) for group in made.param_groups], defaults)
+
+    def make_for(
+        self, parameters: Sequence[nn.Parameter], tensors: Sequence[Tensor], stage: int
+    ) -> torch.optim.Optimizer:
+        """The optimizer of ``stage`` over ``tensors``, which stand for the model's ``parameters``."""
+        made = self._make(self.groups, self.groups_of(parameters), tensors, f"stage {stage}")
+        if len(made.param_groups) != len(self.param_groups):
+            raise ValueError(
+                f"the factory given as optimizer makes {len(self.param_groups)} parameter groups for "
+                f"the model, but {len(made.param_groups)} for stage {stage}; divide parameters with "
+                f"param_groups= instead"
+            )
+        return made
+
+    def _make(
+        self,
+        groups: ParameterGroups,
+        numbers: Sequence[int],
+        tensors: Sequence[Tensor],
+        whose: str,
+    ) -> torch.optim.Optimizer:
+        given = groups.divide(numbers, tensors) if groups.given else list(tensors)
+        return call_factory(self._factory, given, whose)
+
+    def hyper_row(self, shrinks: Sequence[int]) -> list[list[float]]:
+        betas = [_checked_beta(group["beta"]) for group in self.param_groups]
+        return [[0.0] * FIRST_SHRINK + [beta**n for n in shrinks] for beta in betas]
+
+    def values(self) -> list[dict[str, Any]]:
+        # Schedulers change some values in place.
+        return [
+            {
+                name: value.clone() if isinstance(value, Tensor) else value
+                for name, value in group.items()
+                if name != "params"
+            }
+            for group in self.param_groups
+        ]
+
+
+def make_optimizer(
+    model: nn.Module,
+    factory: Factory | None,
+    *,
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+    nesterov: bool,
+    beta: float,
+    param_groups: GroupRule | None,
+) -> DelayedOptimizer:
+    """What drives the updates of ``model``; a number that is a :class:`Default` was not given.
+
+    Raises:
+        TypeError, ValueError: arguments that cannot be, or exclude each other.
+    """
+    if factory is None:
+        return DelayedSGD(
+            model,
+            lr=lr,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            nesterov=nesterov,
+            beta=beta,
+            param_groups=param_groups,
+        )
+    numbers = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+    given = [name for name, value in numbers.items() if not isinstance(value, Default)]
+    given += ["nesterov"] if nesterov else []
+    if given:
+        raise ValueError(
+            f"{' and '.join(given)} would not reach the optimizer given; set it in the factory, such "
+            f"as {EXAMPLE}"
+        )
+    return DelayedTorch(model, factory, beta=beta, param_groups=param_groups)
+
+
+class Default(float):
+    """A default that can be told from the same number given."""
+
+
+def _trainable(model: nn.Module, groups: ParameterGroups) -> tuple[list[int], list[nn.Parameter]]:
+    """The trainable parameters, and before them the numbers of their groups."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    return [groups.of(name, p) for name, p in named], [p for _, p in named]
 
 
 def _sgd_block(group: dict[str, Any], shrinks: Sequence[int]) -> list[float]:

@@ -96,6 +96,7 @@ def train(
     backward_weights: str = "stash",
     clip_norm: float | None = None,
     clip_value: float | None = None,
+    optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None,
     record_gradients: bool = False,
 ) -> ReferenceResult:
     """Train a chain of stages with delayed gradients, in place, one batch after the other.
@@ -126,6 +127,8 @@ def train(
         clip_norm: ``torch.nn.utils.clip_grad_norm_`` of each stage's gradients by itself, shrunk,
             before weight decay. None: not.
         clip_value: likewise ``clip_grad_value_``.
+        optimizer: makes the torch optimizer of each stage from its trainable parameters; of the
+            hyper-parameters above only ``beta`` is then used, and ``lr`` if it is a function.
         record_gradients: fill ``gradients`` of the result, as they were before they were clipped.
 
     Raises:
@@ -144,6 +147,7 @@ def train(
         raise ValueError("nesterov needs a momentum above 0")
     chain = _check_stages(stages)
     _check_batches(batches)
+    optimizers = [optimizer(s.parameters) if optimizer and s.parameters else None for s in chain]
     loss_of = nn.functional.cross_entropy if loss_fn is None else loss_fn
     factor = 1.0 if method == "bp" else beta
     result = ReferenceResult()
@@ -167,9 +171,14 @@ def train(
 
             rate = float(lr(start + b) if callable(lr) else lr)
             _check_number(f"lr (for batch {start + b})", rate)
-            for stage, version, found in zip(chain, versions, gradients, strict=True):
+            for stage, version, found, made in zip(
+                chain, versions, gradients, optimizers, strict=True
+            ):
                 grads = _clip(found, clip_norm, clip_value)
-                _update(stage, grads, rate, momentum, weight_decay, nesterov)
+                if made is None:
+                    _update(stage, grads, rate, momentum, weight_decay, nesterov)
+                else:
+                    _step(stage, grads, made, rate if callable(lr) else None)
                 stage.keep(b + 1, oldest=version)
 
             result.losses.append(float(loss.detach()))
@@ -255,6 +264,18 @@ def _clip(
     if value is not None:
         nn.utils.clip_grad_value_(present, value)
     return [None if holder is None else holder.grad for holder in holders]
+
+
+def _step(
+    stage: _Stage, gradients: Sequence[Tensor | None], made: torch.optim.Optimizer, lr: float | None
+) -> None:
+    """Update one stage with an optimizer of torch's."""
+    for group in made.param_groups:
+        group["lr"] = group["lr"] if lr is None else lr
+    for parameter, gradient in zip(stage.parameters, gradients, strict=True):
+        parameter.grad = None if gradient is None else gradient.clone()
+    made.step()
+    made.zero_grad(set_to_none=True)
 
 
 @torch.no_grad()

@@ -7,13 +7,12 @@ subclasses: :mod:`fdg_cuda.cpu_stage` and :mod:`fdg_cuda.cuda_stage`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from fdg_cuda._core import Work
 from fdg_cuda.buffers import SavedBuffers
@@ -22,7 +21,10 @@ from fdg_cuda.errors import AliasedParameterError, said_where
 from fdg_cuda.flat import FlatMemory
 from fdg_cuda.gradients import Gradients, UpdateRule
 from fdg_cuda.hyper import HyperTable
+from fdg_cuda.kept_state import KeptState
 from fdg_cuda.layout import Step
+from fdg_cuda.optim import DelayedOptimizer, DelayedTorch
+from fdg_cuda.stage_optimizer import FusedSgd, StageOptimizer, State, TorchOptimizer
 
 # Gives (output, batch) of the last stage to whoever computes the loss; returns the scalar loss.
 LossOfBatch = Callable[[Tensor, int], Tensor]
@@ -41,7 +43,7 @@ class Snapshot:
     """A stage's whole training state at a drained point."""
 
     weights: Tensor
-    momentum: Tensor
+    optimizer: list[dict[str, Any]]  # per parameter
     buffers: SavedBuffers
 
 
@@ -117,7 +119,8 @@ class Stage(ABC):
         self._copies = slots if stash else 1
         self.memory = self._lay_out()
         self._sites = _ParameterSites(self.layers, self.memory.parameters)
-        self._momentum = WeakTensorKeyDictionary()
+        self._kept = KeptState()
+        self._optimizer: StageOptimizer | None = None  # over the memory, once there was an update
         self._input_changed_in_place: bool | None = None
         self._leaves_checked = False
         self.loss: LossOfBatch | None = None  # of the last stage, set by the pipeline
@@ -128,21 +131,63 @@ class Stage(ABC):
         """For a new ``fit``: lay the parameters out anew if they changed."""
         trainable = self._trainable()
         if not self.memory.matches(trainable):
-            # Parameters that are frozen now may come back.
-            self.memory.remember_momentum(self._momentum)
+            if self._optimizer is not None:  # parameters that are frozen now may come back
+                self._kept.keep(self._optimizer)
+            self._optimizer = None
             self.memory = self._lay_out()
-            self.memory.recall_momentum(self._momentum)
         # Anew each time: a layer may keep a parameter elsewhere than before (parametrizations).
         self._sites = _ParameterSites(self.layers, self.memory.parameters)
         self._input_changed_in_place = None
 
     def begin_updates(self, hyper: HyperTable) -> dict[str, Any]:
-        """What a native update has to know beyond the memory; see :meth:`FlatMemory.addresses`."""
-        groups = hyper.optimizer.groups_of(self.memory.parameters)
+        """Make what updates need that Python has a part in.
+
+        Returns:
+            What a native update has to know beyond the memory; see :meth:`FlatMemory.addresses`.
+        """
+        if self._optimizer is None:
+            self._optimizer = self._make_optimizer(hyper.optimizer)
+            self._optimizer.load(self._kept.of(self.memory.parameters))
+        if isinstance(self._optimizer, TorchOptimizer):
+            groups = self._optimizer.groups
+        else:
+            groups = hyper.optimizer.groups_of(self.memory.parameters)
         if self._rule.needs_python:
             self._gradients = Gradients(self.memory, self._rule, hyper, groups)
         gain = None if self._gradients is None else self._gradients.gain
         return {"groups": groups, "gain": gain}
+
+    def optimizer_state(self) -> dict[nn.Parameter, dict[str, Any]]:
+        """What the optimizer remembers of each parameter it has updated, frozen ones included: copies
+        of tensors, and plain values. Of the fused SGD that is ``momentum_buffer``, of the parameter's
+        shape; of others what their ``state`` holds."""
+        if self._optimizer is not None:
+            self._kept.keep(self._optimizer)
+        return self._kept.copies(self._parameters())
+
+    def load_optimizer_state(self, state: Mapping[nn.Parameter, State]) -> None:
+        """Go on from what :meth:`optimizer_state` returned, for parameters of this stage.
+
+        Raises:
+            ValueError: a parameter is not this stage's, or the state is another optimizer's.
+        """
+        own = {id(parameter) for parameter in self._parameters()}
+        strangers = sum(id(parameter) not in own for parameter in state)
+        if strangers:
+            raise ValueError(
+                f"{strangers} of the {len(state)} parameters of which there is a state are not in "
+                f"stage {self.index}"
+            )
+        self._kept.replace(state)
+        if self._optimizer is not None:
+            self._optimizer.load(self._kept.of(self.memory.parameters))
+
+    def _make_optimizer(self, face: DelayedOptimizer) -> StageOptimizer:
+        if not isinstance(face, DelayedTorch) or not self.memory.parameters:
+            return FusedSgd(self.memory)
+        tensors = [nn.Parameter(leaf.data) for leaf in self.memory.leaves[0]]
+        made = face.make_for(self.memory.parameters, tensors, self.index)
+        return TorchOptimizer(self.memory, tensors, made)
 
     def end_fit(self) -> None:
         """Let go of what only a running ``fit`` needs."""
@@ -175,17 +220,18 @@ class Stage(ABC):
             slot.input = slot.root = None
 
     def snapshot(self) -> Snapshot:
-        """Copies of the newest weights, the momentum and the modules' buffers."""
+        """Copies of the newest weights, the optimizer's state and the modules' buffers."""
         return Snapshot(
             self.memory.newest_weights.clone(),
-            self.memory.momentum.clone(),
+            [] if self._optimizer is None else self._optimizer.snapshot(),
             SavedBuffers(self.layers),
         )
 
     def restore(self, snapshot: Snapshot) -> None:
         """Go back to ``snapshot``."""
         self.memory.newest_weights.copy_(snapshot.weights)
-        self.memory.momentum.copy_(snapshot.momentum)
+        if self._optimizer is not None:
+            self._optimizer.load(snapshot.optimizer)
         snapshot.buffers.restore()
 
     def _lay_out(self) -> FlatMemory:
@@ -197,9 +243,11 @@ class Stage(ABC):
             gradient_rows=len(self._slots),
         )
 
+    def _parameters(self) -> list[nn.Parameter]:
+        return list({id(p): p for layer in self.layers for p in layer.parameters()}.values())
+
     def _trainable(self) -> list[nn.Parameter]:
-        unique = {id(p): p for layer in self.layers for p in layer.parameters() if p.requires_grad}
-        return list(unique.values())
+        return [parameter for parameter in self._parameters() if parameter.requires_grad]
 
     # -- for the subclasses ---------------------------------------------------------------------
 
@@ -303,8 +351,16 @@ class Stage(ABC):
         ``copy``, with the gradients of ``row``."""
         assert self._gradients is not None
         with said_where(f"the update of batch {batch} at stage {self.index}"):
-            self._gradients.place(self._gradients.prepare(batch), row)
-            self._update_natively(source, copy, row, batch)
+            ready = self._gradients.prepare(batch)
+            if isinstance(self._optimizer, TorchOptimizer):
+                self._optimizer.update(source, copy, ready, self._gradients.hyper.values(batch))
+            else:
+                self._gradients.place(ready, row)
+                self._update_natively(source, copy, row, batch)
+
+    def _copy_weights(self, source: int, copy: int, batch: int) -> None:
+        """As the native copy does, where there is no native update."""
+        self.memory.copy_weights(source, copy)
 
     def _check_leaves(self, root: Tensor, leaf: Tensor, copy: int) -> None:
         """Refuse what would get a gradient and never be trained."""

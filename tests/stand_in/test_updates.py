@@ -98,3 +98,17 @@ def test_graphs_are_left_out_where_python_needs_the_gradients(
     assert "clip_norm" in said[0]
     with pytest.raises(ValueError, match=r"graphs=True .* clip_norm"):
         FDGRunner(mlp(), [0, 0], split=[4], clip_norm=1.0, graphs=True)
+
+
+def adamw(params: list[Any]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(params, lr=1e-2)
+
+
+@pytest.mark.parametrize("clip", [{}, {"clip_norm": 0.3}], ids=str)
+@pytest.mark.parametrize("backward_weights", ["stash", "current"])
+@pytest.mark.parametrize("stages", [1, 3])
+def test_a_torch_optimizer(stages: int, backward_weights: str, clip: dict[str, Any]) -> None:
+    difference = difference_from_cpu(
+        stages, backward_weights=backward_weights, optimizer=adamw, beta=0.7, **clip
+    )
+    assert difference < TOLERANCE
