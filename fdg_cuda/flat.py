@@ -171,6 +171,11 @@ class FlatMemory:
         """Those of the latest backward, or what was put in their place; None: there is none."""
         return self._gradients
 
+    def take_gradients(self) -> list[Tensor | None]:
+        """:attr:`gradients`, which are let go of here."""
+        taken, self._gradients = self._gradients, []
+        return taken
+
     def place_gradients(self, gradients: list[Tensor | None], row: int) -> None:
         """Put ``gradients``, each laid out as its parameter, where the update finds them."""
         self.gradient_table[row] = [0 if g is None else g.data_ptr() for g in gradients]

@@ -27,6 +27,7 @@ class UpdateRule:
     """How a stage comes from gradients to an update.
 
     Args:
+        accumulate: batches per update, which gets the mean of their gradients.
         clip_norm: the largest norm of a stage's gradients, all taken together, as they enter the
             update (shrunk); larger ones are scaled down to it. None: they are not.
         clip_value: the largest magnitude of an element of them. None: there is none.
@@ -36,12 +37,19 @@ class UpdateRule:
         TypeError, ValueError: a value that cannot be, or both ways to clip.
     """
 
+    accumulate: int = 1
     clip_norm: float | None = None
     clip_value: float | None = None
     optimizer: Factory | None = None
 
     def __post_init__(self) -> None:
         check_factory(self.optimizer)
+        if isinstance(self.accumulate, bool) or not isinstance(self.accumulate, int):
+            raise TypeError(
+                f"accumulate must be a whole number of batches per update; got {self.accumulate!r}"
+            )
+        if self.accumulate < 1:
+            raise ValueError(f"accumulate must be at least 1; got {self.accumulate}")
         for name in ("clip_norm", "clip_value"):
             _check_limit(name, getattr(self, name))
         if self.clip_norm is not None and self.clip_value is not None:
@@ -55,6 +63,8 @@ class UpdateRule:
             return f"{name} looks at the gradients between backward and update"
         if self.optimizer is not None:
             return "the optimizer given works in Python"
+        if self.accumulate > 1:
+            return "accumulate adds gradients up in Python"
         return None
 
 
@@ -99,14 +109,44 @@ class Gradients:
         self._rule = rule
         self.hyper = hyper
         self._groups = list(groups)
+        # The sum of the batches since the last update, and which parameters have a part in it.
+        self._sums: list[Tensor] = []
+        if rule.accumulate > 1:
+            self._sums = memory.views(torch.zeros_like(memory.newest_weights))
+        self.forget()
         # Read by the native update when it runs.
         self.gain = torch.ones((), dtype=torch.float64, device=memory.newest_weights.device)
 
+    def forget(self) -> None:
+        """Begin a new sum."""
+        self._summed = 0
+        self._reached = [False] * len(self._groups)
+
+    def add(self) -> None:
+        """Those of a backward are there; add them up if an update takes those of several."""
+        if self._rule.accumulate == 1:
+            return
+        gradients = self._memory.take_gradients()
+        there = [number for number, gradient in enumerate(gradients) if gradient is not None]
+        begun = [number for number in there if self._reached[number]]
+        first = [number for number in there if not self._reached[number]]
+        for numbers, combine in ((first, torch._foreach_copy_), (begun, torch._foreach_add_)):
+            if numbers:
+                sums = [self._sums[number] for number in numbers]
+                combine(sums, [g for g in map(gradients.__getitem__, numbers) if g is not None])
+        for number in first:
+            self._reached[number] = True
+        self._summed += 1
+
     def prepare(self, batch: int) -> Ready:
-        """Those of the backward of ``batch``, for its update. Asks no device for anything."""
-        gradients = self._memory.gradients
+        """What the update of ``batch`` takes. Asks no device for anything."""
+        gradients, share = self._memory.gradients, 1.0
+        if self._rule.accumulate > 1:
+            gradients = [s if r else None for s, r in zip(self._sums, self._reached, strict=True)]
+            share = 1 / self._summed
+            self.forget()
         by_group = self.hyper.shrinks(batch, self._memory.stage)
-        ready = Ready(gradients, [by_group[group] for group in self._groups], 1.0)
+        ready = Ready(gradients, [by_group[group] for group in self._groups], share)
         if any(gradient is not None for gradient in gradients):
             if self._rule.clip_norm is not None:
                 ready.gain = ready.gain * self._norm_factor(ready, self._rule.clip_norm)

@@ -154,7 +154,7 @@ class Pipeline(ABC):
                     total = tick
                 else:
                     self._enter(tick, batch)
-            if total is not None and tick >= total + self._schedule.latency:
+            if total is not None and tick >= self._schedule.ticks(total):
                 return
             if self._recorder is not None:
                 self._recorder.before_tick(self._scheduler, tick)

@@ -20,6 +20,12 @@ stage k has made in this epoch when it forwards batch b. With K stages:
   stage forwards before it updates.
 
 Every stage's own update for batch b is its update number b, so ``b - f(k, b)`` others lie between.
+
+With ``accumulate = M`` (Zhuang, Lin and Toh, "Accumulated Decoupled Learning: Mitigating Gradient
+Staleness in Inter-Layer Model Parallelization", arXiv 2012.03747) a stage updates once for every M
+batches of an epoch, with the mean of their gradients, and at the epoch's end once for what is left.
+What f counts above is then the stage's backwards, of which every M-th makes an update: f becomes
+f // M, and batch b has a part in update number b // M.
 """
 
 from __future__ import annotations
@@ -94,6 +100,7 @@ def train(
     nesterov: bool = False,
     beta: float = 0.5,
     backward_weights: str = "stash",
+    accumulate: int = 1,
     clip_norm: float | None = None,
     clip_value: float | None = None,
     optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None,
@@ -124,6 +131,7 @@ def train(
         backward_weights: ``"stash"``: the backward uses the weights of the forward (FDG eq. 7).
             ``"current"``: the activations are stale, the weights are the newest, as when updates
             are in place (what FDG's authors' program did).
+        accumulate: batches per update; ``lr`` is that of the last of them.
         clip_norm: ``torch.nn.utils.clip_grad_norm_`` of each stage's gradients by itself, shrunk,
             before weight decay. None: not.
         clip_value: likewise ``clip_grad_value_``.
@@ -141,6 +149,8 @@ def train(
     _check_number("momentum", momentum)
     _check_number("weight_decay", weight_decay)
     _check_number("beta", beta, most=1.0)
+    if accumulate < 1:
+        raise ValueError(f"accumulate must be at least 1, not {accumulate}")
     if epochs < 1:
         raise ValueError(f"epochs must be at least 1, not {epochs}")
     if nesterov and momentum == 0:
@@ -154,35 +164,45 @@ def train(
 
     for epoch in range(epochs):
         start = epoch * len(batches)
+        updates_before = epoch * math.ceil(len(batches) / accumulate)
+        waiting: list[list[list[Tensor | None]]] = [[] for _ in chain]  # [stage][batch][parameter]
         for stage in chain:
             stage.weights.clear()
             stage.keep(0, oldest=0)
         for b, (inputs, target) in enumerate(batches):
-            versions = [_forward_version(method, k, b, len(chain)) for k in range(len(chain))]
+            versions = [
+                _forward_version(method, k, b, len(chain)) // accumulate for k in range(len(chain))
+            ]
             passes = _forward(chain, versions, inputs)
             loss = loss_of(passes[-1].output, target)
             _check_loss(loss)
             if backward_weights == "current":
                 # As under PyTorch 1.0: .data has its own version counter, autograd stays silent.
                 for stage, way in zip(chain, passes, strict=True):
-                    for leaf, newest in zip(way.leaves, stage.weights[b], strict=True):
+                    for leaf, newest in zip(
+                        way.leaves, stage.weights[b // accumulate], strict=True
+                    ):
                         leaf.data.copy_(newest)
             gradients = _backward(passes, loss, factor)
 
             rate = float(lr(start + b) if callable(lr) else lr)
             _check_number(f"lr (for batch {start + b})", rate)
-            for stage, version, found, made in zip(
-                chain, versions, gradients, optimizers, strict=True
+            for stage, version, found, made, group in zip(
+                chain, versions, gradients, optimizers, waiting, strict=True
             ):
-                grads = _clip(found, clip_norm, clip_value)
+                group.append(found)
+                if (b + 1) % accumulate != 0 and b + 1 < len(batches):
+                    continue
+                grads = _clip(_mean(group), clip_norm, clip_value)
+                group.clear()
                 if made is None:
                     _update(stage, grads, rate, momentum, weight_decay, nesterov)
                 else:
                     _step(stage, grads, made, rate if callable(lr) else None)
-                stage.keep(b + 1, oldest=version)
+                stage.keep(b // accumulate + 1, oldest=version)
 
             result.losses.append(float(loss.detach()))
-            result.forward_versions.append([start + version for version in versions])
+            result.forward_versions.append([updates_before + version for version in versions])
             if record_gradients:
                 result.gradients.append(gradients)
     return result
@@ -246,6 +266,15 @@ def _backward(passes: Sequence[_Pass], loss: Tensor, factor: float) -> list[list
         gradients.insert(0, found[: len(way.leaves)])
         error = found[-1] if k > 0 else None
     return gradients
+
+
+def _mean(group: Sequence[Sequence[Tensor | None]]) -> list[Tensor | None]:
+    """Of the gradients of several batches; a batch that did not reach a parameter counts as zero."""
+    means: list[Tensor | None] = []
+    for of_parameter in zip(*group, strict=True):
+        found = [gradient for gradient in of_parameter if gradient is not None]
+        means.append(torch.stack(found).sum(0) / len(group) if found else None)
+    return means
 
 
 def _clip(

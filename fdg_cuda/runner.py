@@ -72,6 +72,8 @@ class FDGRunner:
             {"weight_decay": 0.0}`` or None, or a mapping from patterns of names (``{"*.bias": {...}}``;
             the first that matches counts) to such. Names are the model's; ``beta`` and all
             hyper-parameters of the optimizer can be overridden.
+        accumulate: batches per update, which takes the mean of their gradients, and the
+            hyper-parameters of the last of them. The last update of an epoch takes those that are left.
         clip_norm: scale the gradients of a stage down to this norm, all of them taken together, as
             ``torch.nn.utils.clip_grad_norm_`` does; shrunk, as they enter the update.
         clip_value: cut their elements to this magnitude; not together with ``clip_norm``.
@@ -110,6 +112,7 @@ class FDGRunner:
         nesterov: bool = False,
         beta: float = 0.5,
         param_groups: GroupRule | None = None,
+        accumulate: int = 1,
         clip_norm: float | None = None,
         clip_value: float | None = None,
         backward_weights: str = "stash",
@@ -119,9 +122,9 @@ class FDGRunner:
         self._model = as_chain(model)
         self._layers = list(self._model)
         check_options(graphs, cpu_threads)
-        rule = UpdateRule(clip_norm=clip_norm, clip_value=clip_value, optimizer=optimizer)
+        rule = UpdateRule(accumulate, clip_norm, clip_value, optimizer)
         self._devices = parse_devices(devices)
-        self._schedule = Schedule(method, len(self._devices))
+        self._schedule = Schedule(method, len(self._devices), accumulate)
         check_stages(backward_weights, len(self._layers), len(self._devices))
         check_parameters(self._model, on_cpu=self._devices[0].type == "cpu")
         self._machine = make_machine(

@@ -209,6 +209,8 @@ class Stage(ABC):
         self.memory.make_newest(first_slot if self._stash else 0)
         for parameter in self.memory.parameters:
             parameter.grad = None
+        if self._gradients is not None:
+            self._gradients.forget()
         self._leaves_checked = False
 
     def end_epoch(self) -> None:
@@ -343,6 +345,8 @@ class Stage(ABC):
                 with said_where(f"the backward of batch {batch} at stage {self.index}"):
                     torch.autograd.backward([root], [error])
         self.memory.collect_gradients(copy, row)
+        if self._gradients is not None:
+            self._gradients.add()
         if not self.is_first:
             self._pass_down(batch, leaf)
 

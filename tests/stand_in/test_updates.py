@@ -112,3 +112,15 @@ def test_a_torch_optimizer(stages: int, backward_weights: str, clip: dict[str, A
         stages, backward_weights=backward_weights, optimizer=adamw, beta=0.7, **clip
     )
     assert difference < TOLERANCE
+
+
+@pytest.mark.parametrize("options", [{"lr": 0.05, "clip_norm": 0.3}, {"optimizer": adamw}], ids=str)
+@pytest.mark.parametrize("backward_weights", ["stash", "current"])
+@pytest.mark.parametrize(("stages", "accumulate"), [(1, 2), (3, 2), (3, 3)])
+def test_several_batches_per_update(
+    stages: int, accumulate: int, backward_weights: str, options: dict[str, Any]
+) -> None:
+    difference = difference_from_cpu(
+        stages, accumulate=accumulate, backward_weights=backward_weights, beta=0.7, **options
+    )
+    assert difference < TOLERANCE
