@@ -25,7 +25,7 @@ from torch import Tensor
 
 from benchmarks.harness import quartiles, write
 from fdg_cuda import FDGRunner, models
-from fdg_cuda.runner import BACKWARD_WEIGHTS
+from fdg_cuda.arguments import BACKWARD_WEIGHTS
 from fdg_cuda.stage import Stage
 
 
@@ -144,7 +144,8 @@ def seconds_per_step(
 
 def snapshot_bytes(stage: Stage) -> int:
     snapshot = stage.snapshot()
-    return snapshot.weights.nbytes + snapshot.momentum.nbytes
+    state = [value for each in snapshot.optimizer for value in each.values()]
+    return snapshot.weights.nbytes + sum(v.nbytes for v in state if isinstance(v, Tensor))
 
 
 def main() -> None:

@@ -185,15 +185,15 @@ class PyScheduler {
 };
 
 std::shared_ptr<FlatSgd> make_flat_sgd(const std::string& dtype, int stage,
-                                       const std::vector<std::pair<int64_t, int64_t>>& segments,
+                                       const fdg::PySegments& segments,
                                        std::vector<uintptr_t> weights, uintptr_t momentum,
-                                       uintptr_t gradients, uintptr_t hyper, int64_t hyper_rows,
-                                       int64_t hyper_columns, uintptr_t progress, int threads) {
+                                       uintptr_t gradients, const fdg::PyHyperTable& hyper,
+                                       uintptr_t gain, uintptr_t progress, int threads) {
   if (threads < 1)
     throw std::invalid_argument("threads must be at least 1, got " + std::to_string(threads));
   return std::make_shared<FlatSgd>(
       fdg::make_flat_parameters(dtype, stage, segments, std::move(weights), momentum, gradients,
-                                hyper, hyper_rows, hyper_columns, progress),
+                                hyper, gain, progress),
       threads);
 }
 
@@ -227,8 +227,7 @@ PYBIND11_MODULE(_core, m) {
   py::class_<FlatSgd, std::shared_ptr<FlatSgd>>(m, "FlatSgd")
       .def(py::init(&make_flat_sgd), py::kw_only(), py::arg("dtype"), py::arg("stage"),
            py::arg("segments"), py::arg("weights"), py::arg("momentum"), py::arg("gradients"),
-           py::arg("hyper"), py::arg("hyper_rows"), py::arg("hyper_columns"), py::arg("progress"),
-           py::arg("threads"))
+           py::arg("hyper"), py::arg("gain"), py::arg("progress"), py::arg("threads"))
       .def("update", &FlatSgd::update, py::arg("source"), py::arg("target"))
       .def("copy", &FlatSgd::copy, py::arg("source"), py::arg("target"))
       .def("run_update", &FlatSgd::run_update, py::arg("source"), py::arg("target"),

@@ -14,6 +14,10 @@ void FlatParameters::check() const {
       throw std::invalid_argument("segments must be in order and must not overlap; one begins at " +
                                   std::to_string(segment.offset) + ", before " +
                                   std::to_string(end));
+    if (segment.group < 0 || segment.group >= hyper.groups)
+      throw std::invalid_argument("a segment is in parameter group " +
+                                  std::to_string(segment.group) + "; there are " +
+                                  std::to_string(hyper.groups));
     end = segment.offset + segment.size;
     total += segment.size;
   }

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         NonFiniteLossError,
         TrainingStopped,
     )
+    from fdg_cuda.groups import no_decay_on_norm_and_bias
     from fdg_cuda.metrics import BatchResult, EpochResult, Evaluation, History
     from fdg_cuda.runner import FDGRunner
     from fdg_cuda.timeline import Timeline
@@ -38,6 +39,7 @@ __all__ = [
     "Timeline",
     "TrainingStopped",
     "__version__",
+    "no_decay_on_norm_and_bias",
 ]
 
 # Importing torch takes seconds, which the command line's help should not; so a public name is
@@ -56,6 +58,7 @@ _MODULES = {
     "NonFiniteLossError": "fdg_cuda.errors",
     "Timeline": "fdg_cuda.timeline",
     "TrainingStopped": "fdg_cuda.errors",
+    "no_decay_on_norm_and_bias": "fdg_cuda.groups",
 }
 
 if not TYPE_CHECKING:  # type checkers see the imports above, and no others

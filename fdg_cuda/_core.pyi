@@ -23,11 +23,13 @@ class Work:
 class FlatSgd:
     """The fused update over one stage's flat memory; all addresses stay the caller's.
 
-    ``segments``: (offset, size) of every parameter in elements. ``gradients``: address of one
-    uint64 per segment, itself the address of a dense gradient or 0. ``hyper``: address of a
-    float64 table, row ``batch % hyper_rows`` = [lr, momentum, weight_decay, nesterov, shrink of
-    stage 0, shrink of stage 1, ...]. ``progress``: address of two int64, the newest weight copy and
-    the number of updates made.
+    ``segments``: (offset, size, parameter group) of every parameter, in elements. ``gradients``:
+    address of one uint64 per segment, itself the address of a dense gradient or 0. ``hyper``:
+    (address, rows, groups, columns) of a float64 table; ``[batch % rows, group]`` is [lr, momentum,
+    weight_decay, nesterov, shrink of stage 0, shrink of stage 1, ...]. ``gain``: address of one
+    float64, where the update runs, that gradients are multiplied by, or 0; if it is not finite when
+    the update runs, weights are copied and momentum stays. ``progress``: address of two int64, the
+    newest weight copy and the number of updates made.
     """
 
     def __init__(
@@ -35,13 +37,12 @@ class FlatSgd:
         *,
         dtype: str,
         stage: int,
-        segments: Sequence[tuple[int, int]],
+        segments: Sequence[tuple[int, int, int]],
         weights: Sequence[int],
         momentum: int,
         gradients: int,
-        hyper: int,
-        hyper_rows: int,
-        hyper_columns: int,
+        hyper: tuple[int, int, int, int],
+        gain: int,
         progress: int,
         threads: int,
     ) -> None: ...
@@ -186,13 +187,12 @@ class CudaSgd:
         dtype: str,
         gradient_dtype: str,
         stage: int,
-        segments: Sequence[tuple[int, int]],
+        segments: Sequence[tuple[int, int, int]],
         weights: Sequence[int],
         momentum: int,
         gradients: int,
-        hyper: int,
-        hyper_rows: int,
-        hyper_columns: int,
+        hyper: tuple[int, int, int, int],
+        gain: int,
         progress: int,
         device: int,
         slots: int,
@@ -200,6 +200,9 @@ class CudaSgd:
     ) -> None: ...
     def update(self, source: int, target: int, slot: int) -> Work: ...
     def copy(self, source: int, target: int) -> Work: ...
+    def run_update(
+        self, *, source: int, target: int, slot: int, batch: int, stream: int
+    ) -> None: ...
 
 class CudaCopy(Work):
     """Copies ``bytes`` from ``source`` to ``target``, each looked up, when the copy is enqueued, in

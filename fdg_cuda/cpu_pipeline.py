@@ -18,7 +18,7 @@ from fdg_cuda.interrupts import Interrupts
 from fdg_cuda.layout import CpuLayout
 from fdg_cuda.metrics import count_correct
 from fdg_cuda.nested import Nested, cloned, sample_count
-from fdg_cuda.optim import DelayedSGD
+from fdg_cuda.optim import DelayedOptimizer
 from fdg_cuda.pipeline import MAX_TICKS_IN_FLIGHT, LossFunction, Pipeline
 from fdg_cuda.program import Program
 from fdg_cuda.randomness import reroute_generator, restore_generator
@@ -41,7 +41,7 @@ class CpuPipeline(Pipeline):
         schedule: Schedule,
         stages: Sequence[CpuStage],
         loss_fn: LossFunction,
-        optimizer: DelayedSGD,
+        optimizer: DelayedOptimizer,
         *,
         threads: int,
         mode: BackwardWeights,

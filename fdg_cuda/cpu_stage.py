@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fdg_cuda._core import FlatSgd, Work
 from fdg_cuda.backward_weights import BackwardWeights
+from fdg_cuda.gradients import UpdateRule
+from fdg_cuda.hyper import HyperTable
 from fdg_cuda.layout import INBOX_HALVES, Step
 from fdg_cuda.nested import Nested
 from fdg_cuda.randomness import RandomState, drawing_from, seed_stage
@@ -36,9 +37,10 @@ class CpuStage(Stage):
         slots: int,
         *,
         mode: BackwardWeights,
+        rule: UpdateRule,
         alone: bool,
     ) -> None:
-        super().__init__(index, layers, slots, mode=mode, device=torch.device("cpu"))
+        super().__init__(index, layers, slots, mode=mode, rule=rule, device=torch.device("cpu"))
         self._alone = alone
         self.generator = torch.Generator()
         self._seeded_from: int | bytes | None = None
@@ -53,11 +55,13 @@ class CpuStage(Stage):
         self._output: Tensor | None = None
         self._error: Tensor | None = None
 
-    def begin_fit(self, *, hyper: np.ndarray, threads: int) -> None:
+    def begin_fit(self, *, hyper: HyperTable, threads: int) -> None:
         """Lay the parameters out anew if they changed, and make the native update."""
         self.lay_out_anew()
         self._seed_generator()
-        self._sgd = self.memory.cpu_sgd(hyper, threads)
+        options = self.begin_updates(hyper)
+        if self._rule.optimizer is None:
+            self._sgd = self.memory.cpu_sgd(hyper.table, threads, **options)
 
     def _seed_generator(self) -> None:
         """Later fits go on where the one before ended, unless the user's generator was moved: seeded
@@ -120,11 +124,16 @@ class CpuStage(Stage):
             case Kind.COPY_WEIGHTS:
                 if not self._stash or not self.memory.parameters:
                     return None
-                return self.native_sgd.copy(step.source, slot)
+                if self._sgd is None:
+                    return partial(self._copy_weights, step.source, slot)
+                return self._sgd.copy(step.source, slot)
             case Kind.UPDATE:
                 if not self.memory.parameters:
                     return None
-                return self.native_sgd.update(step.source if self._stash else 0, copy)
+                source = step.source if self._stash else 0
+                if self._gradients is not None:
+                    return partial(self._update, source, copy, 0)
+                return self.native_sgd.update(source, copy)
             case _:
                 raise ValueError(f"a stage on the CPU has no part in a {step.kind}")
 
@@ -139,6 +148,9 @@ class CpuStage(Stage):
         """The fused update of the running fit."""
         assert self._sgd is not None, "begin_fit comes first"
         return self._sgd
+
+    def _update_natively(self, source: int, copy: int, row: int, batch: int) -> None:
+        self.native_sgd.run_update(source, copy, batch)
 
     def _take_input(self, batch: int) -> Nested:
         if self.below is None:

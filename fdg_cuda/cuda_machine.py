@@ -17,13 +17,14 @@ from fdg_cuda.batches import Batch
 from fdg_cuda.cuda_inference import run_stages
 from fdg_cuda.cuda_pipeline import CudaPipeline
 from fdg_cuda.cuda_stage import REPLAY_IS_EAGER, CudaStage
+from fdg_cuda.gradients import UpdateRule
 from fdg_cuda.inference import Finish, one_by_one
 from fdg_cuda.interrupts import Interrupts
 from fdg_cuda.layer_times import remembered
 from fdg_cuda.layout import replaying
 from fdg_cuda.machine import Machine
 from fdg_cuda.nested import Nested, moved
-from fdg_cuda.optim import DelayedSGD
+from fdg_cuda.optim import DelayedOptimizer
 from fdg_cuda.pipeline import LossFunction, Pipeline
 from fdg_cuda.recorder import Recorder
 from fdg_cuda.schedule import Schedule
@@ -57,10 +58,14 @@ class CudaMachine(Machine):
         mode: BackwardWeights,
         ordinals: Sequence[int],
         *,
+        rule: UpdateRule,
         graphs: str | bool,
     ) -> None:
-        super().__init__(schedule, mode)
+        super().__init__(schedule, mode, rule=rule)
         self._ordinals = list(ordinals)
+        if graphs == "auto" and rule.needs_python:
+            logger.info("stages run eagerly, not as captured graphs: %s", rule.needs_python)
+            graphs = False
         self._graphs = GRAPHS[graphs]
         self._check_graphs()
         self._stages: list[CudaStage] = []
@@ -85,7 +90,14 @@ class CudaMachine(Machine):
 
     def make_stages(self, parts: Sequence[Sequence[nn.Module]]) -> Sequence[Stage]:
         self._stages = [
-            CudaStage(k, part, self.schedule.slots(k), mode=self.mode, ordinal=ordinal)
+            CudaStage(
+                k,
+                part,
+                self.schedule.slots(k),
+                mode=self.mode,
+                rule=self.rule,
+                ordinal=ordinal,
+            )
             for k, (part, ordinal) in enumerate(zip(parts, self._ordinals, strict=True))
         ]
         for lower, upper in pairwise(self._stages):
@@ -95,7 +107,7 @@ class CudaMachine(Machine):
     def pipeline(
         self,
         loss_fn: LossFunction,
-        optimizer: DelayedSGD,
+        optimizer: DelayedOptimizer,
         interrupts: Interrupts,
         recorder: Recorder | None,
     ) -> Pipeline:

@@ -18,7 +18,7 @@ from fdg_cuda.interrupts import Interrupts
 from fdg_cuda.layout import INBOX_HALVES, CudaLayout
 from fdg_cuda.mail import Form, NestedForm, Outbox
 from fdg_cuda.nested import sample_count
-from fdg_cuda.optim import DelayedSGD
+from fdg_cuda.optim import DelayedOptimizer
 from fdg_cuda.pipeline import MAX_TICKS_IN_FLIGHT, LossFunction, Pipeline
 from fdg_cuda.program import Program
 from fdg_cuda.recorder import Recorder
@@ -42,7 +42,7 @@ class CudaPipeline(Pipeline):
         schedule: Schedule,
         stages: Sequence[CudaStage],
         loss_fn: LossFunction,
-        optimizer: DelayedSGD,
+        optimizer: DelayedOptimizer,
         *,
         mode: BackwardWeights,
         staged: Sequence[bool],
@@ -83,11 +83,10 @@ class CudaPipeline(Pipeline):
     def _make_fit(self, ordinals: list[int], staged: Sequence[bool], graphs: str) -> CudaFit:
         results = accelerator().pinned(self._rows * METRICS * 8).view(torch.float64)
         results = results.view(self._rows, METRICS)
+        handles = [self._scheduler.stream_handle(index) for index in range(len(ordinals))]
         return CudaFit(
-            lanes=[
-                accelerator().lane(ordinal, self._scheduler.stream_handle(index))
-                for index, ordinal in enumerate(ordinals)
-            ],
+            lanes=list(map(accelerator().lane, ordinals, handles)),
+            handles=handles,
             staged=list(staged),
             hyper=self._hyper,
             regular=np.zeros((self._schedule.stages, self._rows), dtype=np.uint8),

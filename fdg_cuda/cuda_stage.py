@@ -27,6 +27,8 @@ from fdg_cuda.backward_weights import BackwardWeights
 from fdg_cuda.chain import check_loss
 from fdg_cuda.errors import said_out_of_memory
 from fdg_cuda.flat import DTYPES
+from fdg_cuda.gradients import UpdateRule
+from fdg_cuda.hyper import HyperTable
 from fdg_cuda.layout import INBOX_HALVES, CudaLayout, Step, Transfer
 from fdg_cuda.mail import Form, Inbox, Outbox, laid_out_like, turns, without_gaps, word
 from fdg_cuda.metrics import correct_on_device
@@ -57,6 +59,7 @@ class CudaFit:
 
     Attributes:
         lanes: torch's view of the scheduler's streams, in their order.
+        handles: those streams themselves, each a ``cudaStream_t``.
         staged: per hop, whether it goes through pinned host memory.
         regular: uint8 (stages, rows): whether the batch in a row has the regular form there.
         inputs, targets: the batches that entered, in pinned memory.
@@ -65,8 +68,9 @@ class CudaFit:
     """
 
     lanes: list[Lane]
+    handles: list[int]
     staged: list[bool]
-    hyper: np.ndarray
+    hyper: HyperTable
     regular: np.ndarray
     rows: int
     ticks_in_flight: int
@@ -93,6 +97,7 @@ class CudaStage(Stage):
         slots: int,
         *,
         mode: BackwardWeights,
+        rule: UpdateRule,
         ordinal: int,
     ) -> None:
         self.ordinal = ordinal
@@ -100,7 +105,7 @@ class CudaStage(Stage):
         with said_out_of_memory(index, ordinal):
             for layer in layers:
                 layer.to(device)
-            super().__init__(index, layers, slots, mode=mode, device=device)
+            super().__init__(index, layers, slots, mode=mode, rule=rule, device=device)
         # Wiring, set by the machine.
         self.above: CudaStage | None = None
         self._below: ReferenceType[CudaStage] | None = None
@@ -139,9 +144,10 @@ class CudaStage(Stage):
             self._metrics_words = np.array(
                 [self.metrics.data_ptr(), self.metrics.nbytes], dtype=WORD
             )
-            if self.memory.parameters:
+            options = self.begin_updates(fit.hyper)
+            if self.memory.parameters and self._rule.optimizer is None:
                 self._sgd = _core.CudaSgd(
-                    **self.memory.addresses(fit.hyper),
+                    **self.memory.addresses(fit.hyper.table, **options),
                     gradient_dtype=DTYPES[self.memory.dtype],
                     device=self.ordinal,
                     slots=len(self._slots),
@@ -234,9 +240,15 @@ class CudaStage(Stage):
                 eager = partial(self._enqueue_backward, slot, copy)
                 return self._graphs.backward(slot, half, eager) if self._graphs else eager
             case Kind.COPY_WEIGHTS:
-                return self._sgd.copy(step.source, slot) if self._sgd and self._stash else None
+                if not self._stash or not self.memory.parameters:
+                    return None
+                if self._sgd is None:
+                    return partial(self._enqueue_copy, step.source, slot)
+                return self._sgd.copy(step.source, slot)
             case Kind.UPDATE:
                 source = step.source if self._stash else 0
+                if self._gradients is not None and self.memory.parameters:
+                    return partial(self._enqueue_update, source, copy, slot)
                 return self._sgd.update(source, copy, slot) if self._sgd else None
             case Kind.SEND_ACTIVATION:
                 assert self.above is not None
@@ -311,6 +323,19 @@ class CudaStage(Stage):
     def _enqueue_backward(self, slot: int, copy: int, batch: int) -> None:
         with self.enqueuing():
             self._backward(slot, copy, batch, slot)
+
+    def _enqueue_update(self, source: int, copy: int, row: int, batch: int) -> None:
+        with self.enqueuing():
+            self._update(source, copy, row, batch)
+
+    def _enqueue_copy(self, source: int, copy: int, batch: int) -> None:
+        with self.enqueuing():
+            self._copy_weights(source, copy, batch)
+
+    def _update_natively(self, source: int, copy: int, row: int, batch: int) -> None:
+        assert self._sgd is not None
+        stream = self.fit.handles[CudaLayout.compute(self.index)]
+        self._sgd.run_update(source=source, target=copy, slot=row, batch=batch, stream=stream)
 
     def take_target(self, batch: int) -> Nested:
         """A copy of the labels of ``batch``: the inbox is written again before the backward."""

@@ -16,7 +16,7 @@ from fdg_cuda.epoch import RunningEpoch
 from fdg_cuda.errors import TrainingStopped
 from fdg_cuda.interrupts import Interrupts
 from fdg_cuda.metrics import EpochResult, History
-from fdg_cuda.optim import DelayedSGD
+from fdg_cuda.optim import DelayedOptimizer
 from fdg_cuda.pipeline import Pipeline
 from fdg_cuda.training_state import TrainingState
 
@@ -48,7 +48,7 @@ class Fit:
         batches: Batches,
         epochs: int,
         *,
-        optimizer: DelayedSGD,
+        optimizer: DelayedOptimizer,
         history: History,
         callbacks: Sequence[Callback],
         before_epoch: Callable[[], object] = lambda: None,

@@ -8,7 +8,6 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from fdg_cuda._core import FlatSgd
 
@@ -52,16 +51,28 @@ class FlatMemory:
             self.segments.append((end, parameter.numel()))
             end += -(-parameter.numel() // step) * step
         self.weights = [torch.zeros(end, dtype=self.dtype, device=device) for _ in range(copies)]
-        self.momentum = torch.zeros(end, dtype=self.dtype, device=device)
+        self._momentum: Tensor | None = None
         self._strides = [_dense_strides(parameter) for parameter in self.parameters]
         # Leaves of the autograd graphs, one set per weight copy.
         self.leaves = [
-            [nn.Parameter(view) for view in self._views(weights)] for weights in self.weights
+            [nn.Parameter(view) for view in self.views(weights)] for weights in self.weights
         ]
         self.gradient_table = np.zeros((gradient_rows, len(self.parameters)), dtype=np.uint64)
         self._gradients: list[Tensor | None] = []
         self._progress = np.zeros(2, dtype=np.int64)
         self.adopt()
+
+    @property
+    def momentum(self) -> Tensor:
+        """The flat momentum of the fused update; there is none before it is first asked for."""
+        if self._momentum is None:
+            self._momentum = torch.zeros_like(self.weights[0])
+        return self._momentum
+
+    @property
+    def has_momentum(self) -> bool:
+        """Whether anybody asked for the momentum yet."""
+        return self._momentum is not None
 
     @property
     def newest(self) -> int:
@@ -93,34 +104,18 @@ class FlatMemory:
             for new, old, leaf in zip(parameters, self.parameters, self.leaves[0], strict=True)
         )
 
-    def momentum_of_parameters(self) -> list[tuple[nn.Parameter, Tensor]]:
-        """Every parameter with its momentum, which is a view."""
-        return list(zip(self.parameters, self._views(self.momentum), strict=True))
-
-    def remember_momentum(self, memory: WeakTensorKeyDictionary) -> None:
-        """Put every parameter's momentum into ``memory``, for another layout to come."""
-        for parameter, view in self.momentum_of_parameters():
-            memory[parameter] = view
-
-    def recall_momentum(self, memory: WeakTensorKeyDictionary) -> None:
-        """Take the momentum of those parameters that ``memory`` knows."""
-        for parameter, view in self.momentum_of_parameters():
-            known = memory.get(parameter, None)  # type: ignore[no-untyped-call]
-            if known is not None and known.shape == view.shape:
-                view.copy_(known)
-
     def adopt(self) -> None:
         """Take the caller's parameters as the newest weights, if they are not already."""
         with torch.no_grad():
             for parameter, view in zip(
-                self.parameters, self._views(self.newest_weights), strict=True
+                self.parameters, self.views(self.newest_weights), strict=True
             ):
                 if parameter.data_ptr() != view.data_ptr() or parameter.stride() != view.stride():
                     view.copy_(parameter)
 
     def publish(self) -> None:
         """Make the caller's parameters views of the newest weights."""
-        for parameter, view in zip(self.parameters, self._views(self.newest_weights), strict=True):
+        for parameter, view in zip(self.parameters, self.views(self.newest_weights), strict=True):
             parameter.data = view
 
     def make_newest(self, copy: int) -> None:
@@ -128,6 +123,17 @@ class FlatMemory:
         if copy != self.newest:
             self.weights[copy].copy_(self.newest_weights)
             self._progress[0] = copy
+
+    def copy_weights(self, source: int, target: int) -> None:
+        """Put the newest weights, which are in copy ``source``, into ``target``, where a stage's
+        work is enqueued or run."""
+        if source != target:
+            self.weights[target].copy_(self.weights[source])
+        self._progress[0] = target
+
+    def count_update(self) -> None:
+        """One more was made, of the newest copy in place."""
+        self._progress[1] += 1
 
     def collect_gradients(self, copy: int, row: int = 0) -> None:
         """Move the gradients from the leaves of ``copy`` to where the update finds them: ``row`` of
@@ -160,6 +166,21 @@ class FlatMemory:
         self.gradient_table[row] = addresses
         self._gradients = gradients
 
+    @property
+    def gradients(self) -> list[Tensor | None]:
+        """Those of the latest backward, or what was put in their place; None: there is none."""
+        return self._gradients
+
+    def take_gradients(self) -> list[Tensor | None]:
+        """:attr:`gradients`, which are let go of here."""
+        taken, self._gradients = self._gradients, []
+        return taken
+
+    def place_gradients(self, gradients: list[Tensor | None], row: int) -> None:
+        """Put ``gradients``, each laid out as its parameter, where the update finds them."""
+        self.gradient_table[row] = [0 if g is None else g.data_ptr() for g in gradients]
+        self._gradients = gradients
+
     def release_gradients(self) -> None:
         """Let go of all gradients, those of a backward that failed half-way too. Only while nothing
         is running."""
@@ -168,27 +189,51 @@ class FlatMemory:
         self._gradients = []
         self.gradient_table[:] = 0
 
-    def cpu_sgd(self, hyper: np.ndarray, threads: int) -> FlatSgd:
-        """The fused update over this memory; ``hyper`` is the float64 table described in
-        ``csrc/flat_parameters.h``. Both must outlive it."""
-        return FlatSgd(**self.addresses(hyper), threads=threads)
+    def cpu_sgd(
+        self,
+        hyper: np.ndarray,
+        threads: int,
+        *,
+        groups: Sequence[int] | None = None,
+        gain: Tensor | None = None,
+    ) -> FlatSgd:
+        """The fused update over this memory.
 
-    def addresses(self, hyper: np.ndarray) -> dict[str, Any]:
+        Args:
+            hyper: float64 (rows, groups, columns), or (rows, columns) if there is one group; see
+                ``csrc/flat_parameters.h``.
+            groups: the parameter group of each parameter; None: there is one.
+            gain: one float64 that gradients are multiplied by, read when the update runs; if it is
+                not finite the update is skipped. None: nothing is.
+
+        The memory, ``hyper`` and ``gain`` must outlive the update.
+        """
+        return FlatSgd(**self.addresses(hyper, groups=groups, gain=gain), threads=threads)
+
+    def addresses(
+        self,
+        hyper: np.ndarray,
+        *,
+        groups: Sequence[int] | None = None,
+        gain: Tensor | None = None,
+    ) -> dict[str, Any]:
         """What a native update has to know of this memory; see :meth:`cpu_sgd`."""
+        table = hyper if hyper.ndim == 3 else hyper[:, None]
+        group_of = [0] * len(self.parameters) if groups is None else groups
         return {
             "dtype": DTYPES[self.dtype],
             "stage": self.stage,
-            "segments": self.segments,
+            "segments": [(*s, group) for s, group in zip(self.segments, group_of, strict=True)],
             "weights": [weights.data_ptr() for weights in self.weights],
             "momentum": self.momentum.data_ptr(),
             "gradients": self.gradient_table.ctypes.data,
-            "hyper": hyper.ctypes.data,
-            "hyper_rows": hyper.shape[0],
-            "hyper_columns": hyper.shape[1],
+            "hyper": (hyper.ctypes.data, *table.shape),
+            "gain": 0 if gain is None else gain.data_ptr(),
             "progress": self._progress.ctypes.data,
         }
 
-    def _views(self, flat: Tensor) -> list[Tensor]:
+    def views(self, flat: Tensor) -> list[Tensor]:
+        """Every parameter's part of ``flat``, in its own shape and strides."""
         return [
             torch.as_strided(flat, parameter.shape, strides, offset)
             for parameter, strides, (offset, _) in zip(

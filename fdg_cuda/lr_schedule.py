@@ -163,7 +163,7 @@ def _rehearse(
     make: Callable[..., Any], arguments: dict[str, Any], settings: Settings, steps: int
 ) -> None:
     optimizer = DelayedSGD(
-        [torch.nn.Parameter(torch.zeros(1))],
+        torch.nn.Linear(1, 1),
         lr=settings.lr,
         momentum=settings.momentum,
         weight_decay=0.0,

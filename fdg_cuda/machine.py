@@ -16,11 +16,12 @@ from fdg_cuda.cpu_inference import CpuInference
 from fdg_cuda.cpu_pipeline import CpuPipeline
 from fdg_cuda.cpu_stage import CpuStage
 from fdg_cuda.cpu_threads import share_of_cores
+from fdg_cuda.gradients import UpdateRule
 from fdg_cuda.inference import Finish, one_by_one
 from fdg_cuda.interrupts import Interrupts
 from fdg_cuda.layer_times import remembered
 from fdg_cuda.nested import Nested
-from fdg_cuda.optim import DelayedSGD
+from fdg_cuda.optim import DelayedOptimizer
 from fdg_cuda.pipeline import LossFunction, Pipeline
 from fdg_cuda.recorder import Recorder
 from fdg_cuda.schedule import Schedule
@@ -34,11 +35,13 @@ class Machine(ABC):
     Args:
         schedule: the rule.
         mode: which weights a backward uses.
+        rule: how stages come from gradients to an update.
     """
 
-    def __init__(self, schedule: Schedule, mode: BackwardWeights) -> None:
+    def __init__(self, schedule: Schedule, mode: BackwardWeights, *, rule: UpdateRule) -> None:
         self.schedule = schedule
         self.mode = mode
+        self.rule = rule
 
     @abstractmethod
     def make_stages(self, parts: Sequence[Sequence[nn.Module]]) -> Sequence[Stage]:
@@ -48,7 +51,7 @@ class Machine(ABC):
     def pipeline(
         self,
         loss_fn: LossFunction,
-        optimizer: DelayedSGD,
+        optimizer: DelayedOptimizer,
         interrupts: Interrupts,
         recorder: Recorder | None,
     ) -> Pipeline:
@@ -88,9 +91,14 @@ class CpuMachine(Machine):
     """
 
     def __init__(
-        self, schedule: Schedule, mode: BackwardWeights, *, cpu_threads: int | None
+        self,
+        schedule: Schedule,
+        mode: BackwardWeights,
+        *,
+        rule: UpdateRule,
+        cpu_threads: int | None,
     ) -> None:
-        super().__init__(schedule, mode)
+        super().__init__(schedule, mode, rule=rule)
         self._cpu_threads = cpu_threads
         self._stages: list[CpuStage] = []
         # For tests: (seed, longest delay in microseconds) put before every action.
@@ -98,7 +106,14 @@ class CpuMachine(Machine):
 
     def make_stages(self, parts: Sequence[Sequence[nn.Module]]) -> Sequence[Stage]:
         self._stages = [
-            CpuStage(k, part, self.schedule.slots(k), mode=self.mode, alone=len(parts) == 1)
+            CpuStage(
+                k,
+                part,
+                self.schedule.slots(k),
+                mode=self.mode,
+                rule=self.rule,
+                alone=len(parts) == 1,
+            )
             for k, part in enumerate(parts)
         ]
         for lower, upper in zip(self._stages, self._stages[1:], strict=False):
@@ -108,7 +123,7 @@ class CpuMachine(Machine):
     def pipeline(
         self,
         loss_fn: LossFunction,
-        optimizer: DelayedSGD,
+        optimizer: DelayedOptimizer,
         interrupts: Interrupts,
         recorder: Recorder | None,
     ) -> Pipeline:

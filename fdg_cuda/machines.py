@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from fdg_cuda.backward_weights import BackwardWeights
+from fdg_cuda.gradients import UpdateRule
 from fdg_cuda.machine import CpuMachine, Machine
 from fdg_cuda.schedule import Schedule
 
@@ -16,6 +17,7 @@ def make_machine(
     schedule: Schedule,
     mode: BackwardWeights,
     *,
+    rule: UpdateRule,
     cpu_threads: int | None,
     graphs: str | bool,
 ) -> Machine:
@@ -30,14 +32,20 @@ def make_machine(
                 "graphs=True asks for CUDA graphs, but the devices are CPUs; leave graphs out, or name "
                 "CUDA devices"
             )
-        return CpuMachine(schedule, mode, cpu_threads=cpu_threads)
+        return CpuMachine(schedule, mode, rule=rule, cpu_threads=cpu_threads)
     if cpu_threads is not None:
         raise ValueError(
             "cpu_threads is for stages on the CPU, but these devices are CUDA ones; leave it out"
         )
+    if graphs is True and rule.needs_python:
+        raise ValueError(
+            f"graphs=True asks for CUDA graphs, but {rule.needs_python}, which no graph "
+            f"can hold; leave graphs out"
+        )
     from fdg_cuda.cuda_machine import CudaMachine
 
-    return CudaMachine(schedule, mode, [device.index for device in devices], graphs=graphs)
+    ordinals = [device.index for device in devices]
+    return CudaMachine(schedule, mode, ordinals, rule=rule, graphs=graphs)
 
 
 def check_options(graphs: object, cpu_threads: object) -> None:

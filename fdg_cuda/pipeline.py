@@ -13,15 +13,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 
-import numpy as np
 from torch import Tensor
 
 from fdg_cuda._core import Scheduler
 from fdg_cuda.batches import Batch
 from fdg_cuda.errors import NonFiniteLossError
+from fdg_cuda.hyper import HyperTable
 from fdg_cuda.interrupts import Interrupts
 from fdg_cuda.nested import Nested
-from fdg_cuda.optim import DelayedSGD
+from fdg_cuda.optim import DelayedOptimizer
 from fdg_cuda.program import Program
 from fdg_cuda.recorder import Recorder
 from fdg_cuda.schedule import Schedule
@@ -53,7 +53,7 @@ class Pipeline(ABC):
         schedule: Schedule,
         stages: Sequence[Stage],
         loss_fn: LossFunction,
-        optimizer: DelayedSGD,
+        optimizer: DelayedOptimizer,
         *,
         interrupts: Interrupts,
         recorder: Recorder | None = None,
@@ -63,12 +63,11 @@ class Pipeline(ABC):
         self._loss_fn = loss_fn
         self._interrupts = interrupts
         self._recorder = recorder
-        self._optimizer = optimizer
-        self._shrinks = [schedule.shrinks(stage) for stage in range(schedule.stages)]
         # What the host writes when a batch enters, at most MAX_TICKS_IN_FLIGHT ticks ahead of the
         # oldest tick at work, is read last `latency` ticks after the batch's own: so many rows.
         self._rows = schedule.latency + MAX_TICKS_IN_FLIGHT + 1
-        self._hyper = np.zeros((self._rows, 4 + schedule.stages))
+        shrinks = [schedule.shrinks(stage) for stage in range(schedule.stages)]
+        self._hyper = HyperTable(optimizer, self._rows, shrinks)
         self._epoch = 0
         self._first_batch = 0  # of the segment, within the epoch
         self._entered = 0
@@ -163,7 +162,7 @@ class Pipeline(ABC):
                     total = tick
                 else:
                     self._enter(tick, batch)
-            if total is not None and tick >= total + self._schedule.latency:
+            if total is not None and tick >= self._schedule.ticks(total):
                 return
             if self._recorder is not None:
                 self._recorder.before_tick(self._scheduler, tick)
@@ -197,7 +196,6 @@ class Pipeline(ABC):
         return batch
 
     def _enter(self, number: int, batch: Batch) -> None:
-        row = self._optimizer.hyper_row(self._shrinks)
-        self._hyper[number % self._rows] = row
+        self._hyper.enter(number)
         self._put(number, batch)
         self._entered = number + 1

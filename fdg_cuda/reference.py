@@ -20,6 +20,12 @@ stage k has made in this epoch when it forwards batch b. With K stages:
   stage forwards before it updates.
 
 Every stage's own update for batch b is its update number b, so ``b - f(k, b)`` others lie between.
+
+With ``accumulate = M`` (Zhuang, Lin and Toh, "Accumulated Decoupled Learning: Mitigating Gradient
+Staleness in Inter-Layer Model Parallelization", arXiv 2012.03747) a stage updates once for every M
+batches of an epoch, with the mean of their gradients, and at the epoch's end once for what is left.
+What f counts above is then the stage's backwards, of which every M-th makes an update: f becomes
+f // M, and batch b has a part in update number b // M.
 """
 
 from __future__ import annotations
@@ -97,6 +103,10 @@ def train(
     nesterov: bool = False,
     beta: float = 0.5,
     backward_weights: str = "stash",
+    accumulate: int = 1,
+    clip_norm: float | None = None,
+    clip_value: float | None = None,
+    optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None,
     record_gradients: bool = False,
 ) -> ReferenceResult:
     """Train a chain of stages with delayed gradients, in place, one batch after the other.
@@ -128,7 +138,13 @@ def train(
             the newest: the stage's recorded input goes through it again (Features Replay: Huo, Gu and
             Huang, "Training Neural Networks Using Features Replay", NeurIPS 2018), with the random
             numbers of its forward, and buffers stay as the forward left them.
-        record_gradients: fill ``gradients`` of the result.
+        accumulate: batches per update; ``lr`` is that of the last of them.
+        clip_norm: ``torch.nn.utils.clip_grad_norm_`` of each stage's gradients by itself, shrunk,
+            before weight decay. None: not.
+        clip_value: likewise ``clip_grad_value_``.
+        optimizer: makes the torch optimizer of each stage from its trainable parameters; of the
+            hyper-parameters above only ``beta`` is then used, and ``lr`` if it is a function.
+        record_gradients: fill ``gradients`` of the result, as they were before they were clipped.
 
     Raises:
         TypeError: a stage, batch, stage output or loss is not of the stated kind.
@@ -140,35 +156,47 @@ def train(
     _check_number("momentum", momentum)
     _check_number("weight_decay", weight_decay)
     _check_number("beta", beta, most=1.0)
+    if accumulate < 1:
+        raise ValueError(f"accumulate must be at least 1, not {accumulate}")
     if epochs < 1:
         raise ValueError(f"epochs must be at least 1, not {epochs}")
     if nesterov and momentum == 0:
         raise ValueError("nesterov needs a momentum above 0")
     chain = _check_stages(stages)
     _check_batches(batches)
+    optimizers = [optimizer(s.parameters) if optimizer and s.parameters else None for s in chain]
     loss_of = nn.functional.cross_entropy if loss_fn is None else loss_fn
     factor = 1.0 if method == "bp" else beta
     result = ReferenceResult()
 
     for epoch in range(epochs):
         start = epoch * len(batches)
+        updates_before = epoch * math.ceil(len(batches) / accumulate)
+        waiting: list[list[list[Tensor | None]]] = [[] for _ in chain]  # [stage][batch][parameter]
         for stage in chain:
             stage.weights.clear()
             stage.keep(0, oldest=0)
         for b, (inputs, target) in enumerate(batches):
-            versions = [_forward_version(method, k, b, len(chain)) for k in range(len(chain))]
+            versions = [
+                _forward_version(method, k, b, len(chain)) // accumulate for k in range(len(chain))
+            ]
             passes = _forward(chain, versions, inputs)
             loss = loss_of(passes[-1].output, target)
             _check_loss(loss)
             if backward_weights == "current":
                 # As under PyTorch 1.0: .data has its own version counter, autograd stays silent.
                 for stage, way in zip(chain, passes, strict=True):
-                    for leaf, newest in zip(way.leaves, stage.weights[b], strict=True):
+                    for leaf, newest in zip(
+                        way.leaves, stage.weights[b // accumulate], strict=True
+                    ):
                         leaf.data.copy_(newest)
             elif backward_weights == "replay":
-                # With f(k, b) = b the newest weights are those of the forward.
+                # Where they are those of the forward nothing changes.
+                newest_version = b // accumulate
                 passes = [
-                    way if version == b else _again(stage, k, way, stage.weights[b])
+                    way
+                    if version == newest_version
+                    else _again(stage, k, way, stage.weights[newest_version])
                     for k, (stage, way, version) in enumerate(
                         zip(chain, passes, versions, strict=True)
                     )
@@ -177,12 +205,22 @@ def train(
 
             rate = float(lr(start + b) if callable(lr) else lr)
             _check_number(f"lr (for batch {start + b})", rate)
-            for stage, version, grads in zip(chain, versions, gradients, strict=True):
-                _update(stage, grads, rate, momentum, weight_decay, nesterov)
-                stage.keep(b + 1, oldest=version)
+            for stage, version, found, made, group in zip(
+                chain, versions, gradients, optimizers, waiting, strict=True
+            ):
+                group.append(found)
+                if (b + 1) % accumulate != 0 and b + 1 < len(batches):
+                    continue
+                grads = _clip(_mean(group), clip_norm, clip_value)
+                group.clear()
+                if made is None:
+                    _update(stage, grads, rate, momentum, weight_decay, nesterov)
+                else:
+                    _step(stage, grads, made, rate if callable(lr) else None)
+                stage.keep(b // accumulate + 1, oldest=version)
 
             result.losses.append(float(loss.detach()))
-            result.forward_versions.append([start + version for version in versions])
+            result.forward_versions.append([updates_before + version for version in versions])
             if record_gradients:
                 result.gradients.append(gradients)
     return result
@@ -289,6 +327,45 @@ def _backward(passes: Sequence[_Pass], loss: Tensor, factor: float) -> list[list
         gradients.insert(0, found[: len(way.leaves)])
         error = found[-1] if k > 0 else None
     return gradients
+
+
+def _mean(group: Sequence[Sequence[Tensor | None]]) -> list[Tensor | None]:
+    """Of the gradients of several batches; a batch that did not reach a parameter counts as zero."""
+    means: list[Tensor | None] = []
+    for of_parameter in zip(*group, strict=True):
+        found = [gradient for gradient in of_parameter if gradient is not None]
+        means.append(torch.stack(found).sum(0) / len(group) if found else None)
+    return means
+
+
+def _clip(
+    gradients: Sequence[Tensor | None], norm: float | None, value: float | None
+) -> list[Tensor | None]:
+    """The gradients of one stage, clipped by torch itself."""
+    if norm is None and value is None:
+        return list(gradients)
+    holders = [None if g is None else nn.Parameter(torch.zeros_like(g)) for g in gradients]
+    for holder, gradient in zip(holders, gradients, strict=True):
+        if holder is not None and gradient is not None:
+            holder.grad = gradient.clone()
+    present = [holder for holder in holders if holder is not None]
+    if norm is not None:
+        nn.utils.clip_grad_norm_(present, norm)
+    if value is not None:
+        nn.utils.clip_grad_value_(present, value)
+    return [None if holder is None else holder.grad for holder in holders]
+
+
+def _step(
+    stage: _Stage, gradients: Sequence[Tensor | None], made: torch.optim.Optimizer, lr: float | None
+) -> None:
+    """Update one stage with an optimizer of torch's."""
+    for group in made.param_groups:
+        group["lr"] = group["lr"] if lr is None else lr
+    for parameter, gradient in zip(stage.parameters, gradients, strict=True):
+        parameter.grad = None if gradient is None else gradient.clone()
+    made.step()
+    made.zero_grad(set_to_none=True)
 
 
 @torch.no_grad()

@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fdg_cuda._core import fit_begins, fit_ends
+from fdg_cuda.arguments import check_fit, check_stages
 from fdg_cuda.backward_weights import BackwardWeights
 from fdg_cuda.batches import Batches, Loader
 from fdg_cuda.callbacks import Callback, FunctionCallback, check_callbacks
@@ -27,7 +27,10 @@ from fdg_cuda.chain import (
 from fdg_cuda.checkpoint_file import Checkpoint
 from fdg_cuda.checkpoints import Checkpoints, Saver, as_checkpoints
 from fdg_cuda.devices import Device, parse_devices
+from fdg_cuda.factory import Factory
 from fdg_cuda.fitting import Fit
+from fdg_cuda.gradients import UpdateRule
+from fdg_cuda.groups import GroupRule
 from fdg_cuda.inference import evaluate, predict, predict_batches
 from fdg_cuda.interrupts import Interrupts
 from fdg_cuda.machines import check_options, make_machine
@@ -39,7 +42,7 @@ from fdg_cuda.metrics import (
     cross_entropy,
 )
 from fdg_cuda.nested import Nested
-from fdg_cuda.optim import DelayedSGD, check_scheduler
+from fdg_cuda.optim import Default, DelayedOptimizer, check_scheduler, make_optimizer
 from fdg_cuda.pipeline import LossFunction, Pipeline
 from fdg_cuda.recorder import Recorder
 from fdg_cuda.schedule import Schedule
@@ -50,8 +53,8 @@ from fdg_cuda.training_state import Parts, TrainingState
 
 logger = logging.getLogger("fdg_cuda")
 
-BACKWARD_WEIGHTS = tuple(mode.value for mode in BackwardWeights)
 CHANGES_NOTHING = ("evaluate", "predict", "state_dict")
+LR, MOMENTUM, WEIGHT_DECAY = Default(0.1), Default(0.9), Default(5e-4)
 
 
 class FDGRunner:
@@ -66,9 +69,21 @@ class FDGRunner:
         split: the children at which stages 1, 2, ... begin. None: where the measured times of
             forward and backward balance best, on the first batch of the first ``fit``.
         loss_fn: ``(output, target) -> scalar``, a mean over samples; default cross-entropy.
+        optimizer: makes the torch optimizer of each stage from a list of its parameters (or of groups
+            of them, with ``param_groups``): ``lambda params: torch.optim.AdamW(params, lr=3e-4)``.
+            None: SGD with the four arguments that follow, in a fused update.
         lr, momentum, weight_decay, nesterov: as in ``torch.optim.SGD``.
         beta: shrinking factor in (0, 1]: stage k's gradients carry ``beta ** (K-1-k)``; not in
             ``"bp"``.
+        param_groups: which parameters have hyper-parameters of their own: ``(name, parameter) ->
+            {"weight_decay": 0.0}`` or None, or a mapping from patterns of names (``{"*.bias": {...}}``;
+            the first that matches counts) to such. Names are the model's; ``beta`` and all
+            hyper-parameters of the optimizer can be overridden.
+        accumulate: batches per update, which takes the mean of their gradients, and the
+            hyper-parameters of the last of them. The last update of an epoch takes those that are left.
+        clip_norm: scale the gradients of a stage down to this norm, all of them taken together, as
+            ``torch.nn.utils.clip_grad_norm_`` does; shrunk, as they enter the update.
+        clip_value: cut their elements to this magnitude; not together with ``clip_norm``.
         backward_weights: ``"stash"``: a batch's backward uses the weights of its forward (FDG, eq. 7);
             ``"current"``: those of the moment, which takes one weight copy per stage; ``"replay"``:
             those of the moment too, but the forward is run again with them (Features Replay), so that
@@ -92,7 +107,7 @@ class FDGRunner:
         TypeError, ValueError: an argument that cannot work; the message says what would.
     """
 
-    optimizer: DelayedSGD
+    optimizer: DelayedOptimizer
 
     def __init__(
         self,
@@ -102,11 +117,16 @@ class FDGRunner:
         method: str = "fdg",
         split: Sequence[int] | None = None,
         loss_fn: LossFunction | None = None,
-        lr: float = 0.1,
-        momentum: float = 0.9,
-        weight_decay: float = 5e-4,
+        optimizer: Factory | None = None,
+        lr: float = LR,
+        momentum: float = MOMENTUM,
+        weight_decay: float = WEIGHT_DECAY,
         nesterov: bool = False,
         beta: float = 0.5,
+        param_groups: GroupRule | None = None,
+        accumulate: int = 1,
+        clip_norm: float | None = None,
+        clip_value: float | None = None,
         backward_weights: str = "stash",
         cpu_threads: int | None = None,
         graphs: str | bool = "auto",
@@ -114,35 +134,31 @@ class FDGRunner:
         self._model = as_chain(model)
         self._layers = list(self._model)
         check_options(graphs, cpu_threads)
+        rule = UpdateRule(accumulate, clip_norm, clip_value, optimizer)
         self._devices = parse_devices(devices)
-        self._schedule = Schedule(method, len(self._devices))
-        if backward_weights not in BACKWARD_WEIGHTS:
-            raise ValueError(
-                f"backward_weights must be one of {', '.join(BACKWARD_WEIGHTS)}; got "
-                f"{backward_weights!r}"
-            )
-        if len(self._layers) < len(self._devices):
-            raise ValueError(
-                f"the chain has {len(self._layers)} layers, too few for {len(self._devices)} stages; "
-                f"give at most {len(self._layers)} devices, or a model with more children"
-            )
+        self._schedule = Schedule(method, len(self._devices), accumulate)
+        check_stages(backward_weights, len(self._layers), len(self._devices))
         check_parameters(self._model, on_cpu=self._devices[0].type == "cpu")
         self._machine = make_machine(
             self._devices,
             self._schedule,
             BackwardWeights(backward_weights),
+            rule=rule,
             cpu_threads=cpu_threads,
             graphs=graphs,
         )
         self._backward_weights = backward_weights
+        self._rule = rule
         self._loss_fn = loss_fn if loss_fn is not None else cross_entropy
-        self.optimizer = DelayedSGD(
-            [p for p in self._model.parameters() if p.requires_grad],
+        self.optimizer = make_optimizer(
+            self._model,
+            optimizer,
             lr=lr,
             momentum=momentum,
             weight_decay=weight_decay,
             nesterov=nesterov,
             beta=beta,
+            param_groups=param_groups,
         )
         self._split: list[int] | None = None
         self._stages: list[Stage] = []
@@ -255,17 +271,7 @@ class FDGRunner:
                 ``fit`` can be called again.
         """
         self._refuse_while_running("fit")
-        if epochs < 0:
-            raise ValueError(f"epochs must be 0 or more; got {epochs}")
-        if lr_step not in ("epoch", "batch"):
-            raise ValueError(f"lr_step must be 'epoch' or 'batch'; got {lr_step!r}")
-        if torch.is_inference_mode_enabled():
-            raise RuntimeError("fit cannot train under torch.inference_mode(); call it outside")
-        if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
-            raise RuntimeError(
-                "torch.autocast around fit does not reach the stages, which have settings of their own; "
-                "put it into the layers' forward, or train without it"
-            )
+        check_fit(epochs, lr_step)
         self._check_model()
         check_scheduler(lr_scheduler, self.optimizer)
         listeners = [FunctionCallback(on_batch, on_epoch), *check_callbacks(callbacks)]
@@ -340,6 +346,10 @@ class FDGRunner:
             "stages": self._schedule.stages,
             "split": self._split,
             "backward_weights": self._backward_weights,
+            "optimizer": self.optimizer.kind,
+            "accumulate": self._rule.accumulate,
+            "clip_norm": self._rule.clip_norm,
+            "clip_value": self._rule.clip_value,
         }
 
     def _cut_as_in(self, checkpoint: Checkpoint) -> None:
@@ -398,6 +408,7 @@ class FDGRunner:
         check_unchanged(self._model, self._layers)
         check_parameters(self._model, on_cpu=self._devices[0].type == "cpu")
         check_shared(self._model, [stage.layers for stage in self._stages])
+        self.optimizer.follow(self._model)
 
     def _balance(self, batches: Batches) -> None:
         if self._stages:

@@ -23,6 +23,14 @@ A stage keeps the batches between their forward and their backward in *slots*: `
 used in turn. Each slot has a weight copy of its own (in the ``"stash"`` mode), and the newest
 weights are always in the slot that is forwarded next: an update writes them there, and during
 fill, when there is no update, a plain copy does.
+
+With ``accumulate = M`` a stage adds up the gradients of batches jM..jM+M-1 and updates once, behind
+the backward of the last of them (ADL: Zhuang, Lin, Toh, "Accumulated Decoupled Learning: Mitigating
+Gradient Staleness in Inter-Layer Model Parallelization", arXiv 2012.03747); behind the other backwards
+a plain copy takes the newest weights on to the next slot. What is left of an epoch whose N is no
+multiple of M makes one more update. That batch N-1 is the last is known when the loader ends, in tick
+N, so this update comes one tick behind the stage's last backward: in tick N + backward_tick(k, 0), in
+place in the slot of batch N-1, and the epoch lasts a tick longer.
 """
 
 from __future__ import annotations
@@ -66,20 +74,25 @@ class Action:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The schedule of ``method`` over ``stages`` stages.
+    """The schedule of ``method`` over ``stages`` stages, with an update per ``accumulate`` batches.
 
     Raises:
-        ValueError: unknown method, or less than one stage.
+        ValueError: unknown method, less than one stage, or less than one batch per update.
     """
 
     method: str
     stages: int
+    accumulate: int = 1
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise ValueError(f"method must be one of {', '.join(METHODS)}; got {self.method!r}")
         if self.stages < 1:
             raise ValueError(f"a schedule needs at least one stage; got {self.stages}")
+        if self.accumulate < 1:
+            raise ValueError(
+                f"accumulate must be at least 1 batch per update; got {self.accumulate}"
+            )
 
     def forward_tick(self, stage: int, batch: int) -> int:
         """The tick in which ``stage`` forwards ``batch``."""
@@ -100,13 +113,17 @@ class Schedule:
         return self.method == "fdg" and stage < self.stages - 1
 
     def staleness(self, stage: int) -> int:
-        """Updates the stage makes between a batch's forward and that batch's own update."""
-        return self.delay(stage) - 1 if self.backward_first(stage) else self.delay(stage)
+        """Updates the stage makes at most between a batch's forward and that batch's own update."""
+        return -(-self._batches_between(stage) // self.accumulate)
 
     def slots(self, stage: int) -> int:
         """Batches the stage holds at once: max(1, D_k), and one more where the forward of a tick
         comes before its backward."""
-        return self.staleness(stage) + 1
+        return self._batches_between(stage) + 1
+
+    def _batches_between(self, stage: int) -> int:
+        """Backwards of other batches between a batch's forward and its own."""
+        return self.delay(stage) - 1 if self.backward_first(stage) else self.delay(stage)
 
     def slot(self, stage: int, batch: int) -> int:
         """The slot that holds ``batch`` at ``stage``."""
@@ -118,13 +135,20 @@ class Schedule:
 
     @property
     def latency(self) -> int:
-        """Ticks an epoch takes beyond its number of batches."""
+        """Ticks from a batch's entry to its last backward."""
         return self.backward_tick(0, 0)
+
+    def ticks(self, batches: int) -> int:
+        """How many ticks an epoch of ``batches`` batches takes."""
+        if batches == 0:
+            return 0
+        return batches + self.latency + (batches % self.accumulate > 0)
 
     @property
     def period(self) -> int:
-        """After so many ticks every stage is at the same slot again."""
-        return lcm(*(self.slots(stage) for stage in range(self.stages)))
+        """After so many ticks every stage is at the same slot, and as far from its next update,
+        again."""
+        return lcm(self.accumulate, *(self.slots(stage) for stage in range(self.stages)))
 
     def first_slot(self, stage: int) -> int:
         """The slot that must hold the newest weights before an epoch's first tick."""
@@ -155,7 +179,7 @@ class Schedule:
 
     def epoch(self, batches: int) -> Iterator[list[Action]]:
         """All ticks of an epoch, fill and drain included."""
-        for tick in range(batches + self.latency if batches else 0):
+        for tick in range(self.ticks(batches)):
             yield self.tick(tick, batches)
 
     def _forward(self, stage: int, tick: int, batches: int | None) -> Iterator[Action]:
@@ -172,6 +196,9 @@ class Schedule:
 
     def _backward(self, stage: int, tick: int, batches: int | None) -> Iterator[Action]:
         batch = tick - self.backward_tick(stage, 0)
+        if batches and batch == batches and batches % self.accumulate:
+            slot = self.slot(stage, batches - 1)
+            yield Action(Kind.UPDATE, stage, batches - 1, slot, slot)
         if batch < 0 or (batches is not None and batch >= batches):
             return
         slot = self.slot(stage, batch)
@@ -181,4 +208,7 @@ class Schedule:
         # The update before this one wrote the newest weights; before an epoch's first update every
         # filled slot holds them.
         source = self.slot(stage, batch - 1) if batch > 0 else slot
-        yield Action(Kind.UPDATE, stage, batch, slot, source)
+        if (batch + 1) % self.accumulate == 0:
+            yield Action(Kind.UPDATE, stage, batch, slot, source)
+        elif source != slot:
+            yield Action(Kind.COPY_WEIGHTS, stage, batch, slot, source)

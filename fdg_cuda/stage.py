@@ -7,12 +7,12 @@ subclasses: :mod:`fdg_cuda.cpu_stage` and :mod:`fdg_cuda.cuda_stage`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from fdg_cuda._core import Work
 from fdg_cuda.backward_weights import BackwardWeights
@@ -20,10 +20,15 @@ from fdg_cuda.buffers import SavedBuffers
 from fdg_cuda.chain import check_output
 from fdg_cuda.errors import AliasedParameterError, said_where
 from fdg_cuda.flat import FlatMemory
+from fdg_cuda.gradients import Gradients, UpdateRule
+from fdg_cuda.hyper import HyperTable
+from fdg_cuda.kept_state import KeptState
 from fdg_cuda.layout import Step
 from fdg_cuda.nested import Nested, map_tensors, repacked, tensors
+from fdg_cuda.optim import DelayedOptimizer, DelayedTorch
 from fdg_cuda.parameter_sites import ParameterSites, graph_leaves
 from fdg_cuda.randomness import RandomState
+from fdg_cuda.stage_optimizer import FusedSgd, StageOptimizer, State, TorchOptimizer
 
 # Gives (output, batch) of the last stage to whoever computes the loss; returns the scalar loss.
 LossOfBatch = Callable[[Tensor, int], Tensor]
@@ -44,7 +49,7 @@ class Snapshot:
     """A stage's whole training state at a drained point."""
 
     weights: Tensor
-    momentum: Tensor
+    optimizer: list[dict[str, Any]]  # per parameter
     buffers: SavedBuffers
 
 
@@ -56,6 +61,7 @@ class Stage(ABC):
         layers: its part of the chain.
         slots: batches it holds at once.
         mode: which weights a backward uses.
+        rule: how it comes from gradients to an update.
         device: where its parameters, activations and gradients lie.
     """
 
@@ -66,6 +72,7 @@ class Stage(ABC):
         slots: int,
         *,
         mode: BackwardWeights,
+        rule: UpdateRule,
         device: torch.device,
     ) -> None:
         self.index = index
@@ -73,11 +80,14 @@ class Stage(ABC):
         self.device = device
         self._slots = [Slot() for _ in range(slots)]
         self._stash = mode.copy_per_slot
+        self._rule = rule
+        self._gradients: Gradients | None = None  # of the running fit, if Python has a part in it
         self._copies = slots if self._stash else 1
         self._replays = mode.replays(slots)
         self.memory = self._lay_out()
         self._sites = ParameterSites(self.layers, self.memory.parameters)
-        self._momentum = WeakTensorKeyDictionary()
+        self._kept = KeptState()
+        self._optimizer: StageOptimizer | None = None  # over the memory, once there was an update
         self._input_changed_in_place: bool | None = None
         self._leaves_checked = False
         self._first_batch = 0
@@ -89,17 +99,68 @@ class Stage(ABC):
         """For a new ``fit``: lay the parameters out anew if they changed."""
         trainable = self._trainable()
         if not self.memory.matches(trainable):
-            # Parameters that are frozen now may come back.
-            self.memory.remember_momentum(self._momentum)
+            if self._optimizer is not None:  # parameters that are frozen now may come back
+                self._kept.keep(self._optimizer)
+            self._optimizer = None
             self.memory = self._lay_out()
-            self.memory.recall_momentum(self._momentum)
         # Anew each time: a layer may keep a parameter elsewhere than before (parametrizations).
         self._sites = ParameterSites(self.layers, self.memory.parameters)
         self._input_changed_in_place = None
 
+    def begin_updates(self, hyper: HyperTable) -> dict[str, Any]:
+        """Make what updates need that Python has a part in.
+
+        Returns:
+            What a native update has to know beyond the memory; see :meth:`FlatMemory.addresses`.
+        """
+        if self._optimizer is None:
+            self._optimizer = self._make_optimizer(hyper.optimizer)
+            self._optimizer.load(self._kept.of(self.memory.parameters))
+        if isinstance(self._optimizer, TorchOptimizer):
+            groups = self._optimizer.groups
+        else:
+            groups = hyper.optimizer.groups_of(self.memory.parameters)
+        if self._rule.needs_python:
+            self._gradients = Gradients(self.memory, self._rule, hyper, groups)
+        gain = None if self._gradients is None else self._gradients.gain
+        return {"groups": groups, "gain": gain}
+
+    def optimizer_state(self) -> dict[nn.Parameter, dict[str, Any]]:
+        """What the optimizer remembers of each parameter it has updated, frozen ones included: copies
+        of tensors, and plain values. Of the fused SGD that is ``momentum_buffer``, of the parameter's
+        shape; of others what their ``state`` holds."""
+        if self._optimizer is not None:
+            self._kept.keep(self._optimizer)
+        return self._kept.copies(self._parameters())
+
+    def load_optimizer_state(self, state: Mapping[nn.Parameter, State]) -> None:
+        """Go on from what :meth:`optimizer_state` returned, for parameters of this stage.
+
+        Raises:
+            ValueError: a parameter is not this stage's, or the state is another optimizer's.
+        """
+        own = {id(parameter) for parameter in self._parameters()}
+        strangers = sum(id(parameter) not in own for parameter in state)
+        if strangers:
+            raise ValueError(
+                f"{strangers} of the {len(state)} parameters of which there is a state are not in "
+                f"stage {self.index}"
+            )
+        self._kept.replace(state)
+        if self._optimizer is not None:
+            self._optimizer.load(self._kept.of(self.memory.parameters))
+
+    def _make_optimizer(self, face: DelayedOptimizer) -> StageOptimizer:
+        if not isinstance(face, DelayedTorch) or not self.memory.parameters:
+            return FusedSgd(self.memory)
+        tensors = [nn.Parameter(leaf.data) for leaf in self.memory.leaves[0]]
+        made = face.make_for(self.memory.parameters, tensors, self.index)
+        return TorchOptimizer(self.memory, tensors, made)
+
     def end_fit(self) -> None:
         """Let go of what only a running ``fit`` needs."""
         self.loss = None
+        self._gradients = None
 
     def begin_epoch(self, first_slot: int, first_batch: int) -> None:
         """Take the caller's weights into the slot that is forwarded first. The actions' batches
@@ -117,6 +178,8 @@ class Stage(ABC):
         self.memory.make_newest(first_slot if self._stash else 0)
         for parameter in self.memory.parameters:
             parameter.grad = None
+        if self._gradients is not None:
+            self._gradients.forget()
         self._leaves_checked = False
         self._first_batch = first_batch
 
@@ -130,17 +193,18 @@ class Stage(ABC):
             slot.random_state = ()
 
     def snapshot(self) -> Snapshot:
-        """Copies of the newest weights, the momentum and the modules' buffers."""
+        """Copies of the newest weights, the optimizer's state and the modules' buffers."""
         return Snapshot(
             self.memory.newest_weights.clone(),
-            self.memory.momentum.clone(),
+            [] if self._optimizer is None else self._optimizer.snapshot(),
             SavedBuffers(self.layers),
         )
 
     def restore(self, snapshot: Snapshot) -> None:
         """Go back to ``snapshot``."""
         self.memory.newest_weights.copy_(snapshot.weights)
-        self.memory.momentum.copy_(snapshot.momentum)
+        if self._optimizer is not None:
+            self._optimizer.load(snapshot.optimizer)
         snapshot.buffers.restore()
 
     def _lay_out(self) -> FlatMemory:
@@ -152,9 +216,11 @@ class Stage(ABC):
             gradient_rows=len(self._slots),
         )
 
+    def _parameters(self) -> list[nn.Parameter]:
+        return list({id(p): p for layer in self.layers for p in layer.parameters()}.values())
+
     def _trainable(self) -> list[nn.Parameter]:
-        unique = {id(p): p for layer in self.layers for p in layer.parameters() if p.requires_grad}
-        return list(unique.values())
+        return [parameter for parameter in self._parameters() if parameter.requires_grad]
 
     # -- for the subclasses ---------------------------------------------------------------------
 
@@ -191,6 +257,10 @@ class Stage(ABC):
     @abstractmethod
     def _pass_up(self, slot: int, batch: int, output: Tensor) -> None:
         """Make ``output`` ready to be sent."""
+
+    @abstractmethod
+    def _update_natively(self, source: int, copy: int, row: int, batch: int) -> None:
+        """The fused update, now; see :meth:`_update`."""
 
     @abstractmethod
     def _pass_down(self, batch: int, leaf: Tensor | None) -> None:
@@ -279,8 +349,26 @@ class Stage(ABC):
                 if root.requires_grad:
                     torch.autograd.backward([root], [error])
         self.memory.collect_gradients(copy, row)
+        if self._gradients is not None:
+            self._gradients.add()
         if not self.is_first:
             self._pass_down(batch, leaf)
+
+    def _update(self, source: int, copy: int, row: int, batch: int) -> None:
+        """The update of ``batch`` where Python has a part in it: from weight copy ``source`` into
+        ``copy``, with the gradients of ``row``."""
+        assert self._gradients is not None
+        with said_where(f"the update of {self._named(batch)}"):
+            ready = self._gradients.prepare(batch)
+            if isinstance(self._optimizer, TorchOptimizer):
+                self._optimizer.update(source, copy, ready, self._gradients.hyper.values(batch))
+            else:
+                self._gradients.place(ready, row)
+                self._update_natively(source, copy, row, batch)
+
+    def _copy_weights(self, source: int, copy: int, batch: int) -> None:
+        """As the native copy does, where there is no native update."""
+        self.memory.copy_weights(source, copy)
 
     def _named(self, batch: int) -> str:
         """``batch`` of the segment, for people."""

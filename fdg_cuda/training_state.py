@@ -18,7 +18,7 @@ from fdg_cuda.callbacks import Callback
 from fdg_cuda.epoch import RunningEpoch
 from fdg_cuda.errors import CheckpointError
 from fdg_cuda.metrics import EpochResult, History
-from fdg_cuda.optim import DelayedSGD
+from fdg_cuda.optim import DelayedOptimizer
 from fdg_cuda.plain import from_plain, to_plain
 from fdg_cuda.random_states import RandomStates
 from fdg_cuda.stage import Stage
@@ -39,7 +39,7 @@ class Parts:
     recipe: Callable[[], Mapping[str, Any]]
     model: nn.Module
     stages: Callable[[], Sequence[Stage]]
-    optimizer: DelayedSGD
+    optimizer: DelayedOptimizer
     lr_scheduler: Any
     loader: Any
     callbacks: Sequence[Callback]
@@ -88,9 +88,18 @@ class TrainingState:
                 extra[key] = to_plain(value, f"the model's state {key!r}")
         tensors.update({f"buffer.{n}": b for n, b in _hidden_buffers(parts.model).items()})
         names = _parameter_names(parts.model)
+        kept: dict[str, list[str]] = {}
+        plain_values: dict[str, Any] = {}
         for stage in parts.stages():
-            for parameter, momentum in stage.memory.momentum_of_parameters():
-                tensors[f"optimizer.{names[id(parameter)]}.momentum"] = momentum
+            for parameter, values in stage.optimizer_state().items():
+                name = names[id(parameter)]
+                kept[name] = sorted(values)
+                for key, value in values.items():
+                    where = f"optimizer.{name}.{key}"
+                    if isinstance(value, Tensor):
+                        tensors[where] = value
+                    else:
+                        plain_values[where] = to_plain(value, where)
             for number, each in enumerate(stage.random_state()):
                 tensors[f"random.stage{stage.index}.{number}"] = each
         self._add_random(tensors, "now", self._random_states())
@@ -108,6 +117,7 @@ class TrainingState:
             "running_epoch": epoch.state_dict(),
             "history": [asdict(result) for result in parts.history.epochs],
             "model_extra": extra,
+            "optimizer": {"keys": kept, "values": plain_values},
             "param_groups": _plain_groups(parts.optimizer),
             "lr_scheduler": None
             if scheduler is None
@@ -162,10 +172,8 @@ class TrainingState:
             for name, buffer in _hidden_buffers(parts.model).items():
                 if f"buffer.{name}" in tensors:
                     buffer.copy_(tensors[f"buffer.{name}"])
-        names = _parameter_names(parts.model)
         for stage in parts.stages():
-            for parameter, momentum in stage.memory.momentum_of_parameters():
-                momentum.copy_(tensors[f"optimizer.{names[id(parameter)]}.momentum"])
+            stage.load_optimizer_state(self._optimizer_state(stage, tensors, state["optimizer"]))
             own = _under(f"random.stage{stage.index}.", tensors)
             stage.set_random_state(tuple(own[str(number)] for number in range(len(own))))
         _load_groups(parts.optimizer, state["param_groups"])
@@ -186,6 +194,20 @@ class TrainingState:
         else:
             now.restore()
         return epoch
+
+    def _optimizer_state(
+        self, stage: Stage, tensors: Tensors, kept: dict[str, Any]
+    ) -> dict[nn.Parameter, dict[str, Any]]:
+        own = {id(parameter) for layer in stage.layers for parameter in layer.parameters()}
+        states: dict[nn.Parameter, dict[str, Any]] = {}
+        for name, parameter in self._parts.model.named_parameters():
+            if id(parameter) in own and name in kept["keys"]:
+                places = {key: f"optimizer.{name}.{key}" for key in kept["keys"][name]}
+                states[parameter] = {
+                    key: tensors[where] if where in tensors else from_plain(kept["values"][where])
+                    for key, where in places.items()
+                }
+        return states
 
     def _check_kinds(self, state: dict[str, Any]) -> None:
         parts = self._parts

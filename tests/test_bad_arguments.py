@@ -168,7 +168,7 @@ def test_nesterov_without_momentum() -> None:
 
 def test_second_parameter_group() -> None:
     runner = runner_of(chain(), split=[2])
-    with refused(ValueError, "one parameter group"):
+    with refused(ValueError, "param_groups="):
         runner.optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))], "lr": 0.1})
 
 

@@ -30,14 +30,15 @@ def enqueue(
     *,
     layout: str = "cpu",
     mode: BackwardWeights = BackwardWeights.STASH,
+    accumulate: int = 1,
 ) -> list[Operation]:
     """The whole program of two epochs."""
-    schedule = Schedule(method, stages)
+    schedule = Schedule(method, stages, accumulate)
     plan = make_layout(layout, schedule, mode)
     scheduler = Scheduler("trace", plan.streams)
     program = Program(schedule, plan, scheduler, [NoWork() for _ in range(stages)])
     for _ in range(2):
-        for tick in range(batches + schedule.latency):
+        for tick in range(schedule.ticks(batches)):
             program.submit(tick, batches if tick >= batches else None)
         scheduler.synchronize()
     return scheduler.operations()
@@ -59,6 +60,38 @@ def test_every_conflict_is_ordered_and_nothing_deadlocks(
         report = check_happens_before(enqueue(method, stages, batches, layout=layout, mode=mode))
         assert report.races == []
         assert report.deadlocks == []
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("stash", [True, False], ids=["stash", "current"])
+@pytest.mark.parametrize("stages", range(1, 5))
+@pytest.mark.parametrize("method", METHODS)
+def test_with_several_batches_per_update_too(
+    method: str, stages: int, stash: bool, layout: str
+) -> None:
+    """Also that what is enqueued is the schedule, whatever ticks have in common."""
+    for accumulate in (2, 3):
+        for batches in (1, 2, batches_to_wrap(stages)):
+            operations = enqueue(
+                method, stages, batches, layout=layout, stash=stash, accumulate=accumulate
+            )
+            report = check_happens_before(operations)
+            assert report.races == []
+            assert report.deadlocks == []
+            schedule = Schedule(method, stages, accumulate)
+            kinds = "FBUC"
+            enqueued = [
+                (o.tick, f"{o.stage}{o.code}{o.batch}", o.slot)
+                for o in operations
+                if o.kind == OperationKind.run and o.code in kinds
+            ]
+            wanted = [
+                (tick, str(action), action.slot)
+                for tick, actions in enumerate(schedule.epoch(batches))
+                for action in actions
+                if action.kind.value in kinds
+            ]
+            assert enqueued == wanted * 2
 
 
 @pytest.mark.parametrize(

@@ -91,9 +91,9 @@ def a_run(
     np.random.seed(3)
     random.seed(3)
     chain = model()
-    runner = FDGRunner(
-        chain, ["cpu"] * stages, split=even_split(len(chain), stages), lr=0.05, **options
-    )
+    if "optimizer" not in options:
+        options["lr"] = 0.05
+    runner = FDGRunner(chain, ["cpu"] * stages, split=even_split(len(chain), stages), **options)
     scheduler = None if make_scheduler is None else make_scheduler(runner.optimizer)
     history = runner.fit(
         DataLoader(Augmented(), batch_size=4, shuffle=True),
@@ -109,8 +109,9 @@ def a_run(
 def everything(runner: FDGRunner, history: History) -> dict[str, Tensor]:
     state = runner.state_dict()
     for stage in runner.stages:
-        for number, (_, momentum) in enumerate(stage.memory.momentum_of_parameters()):
-            state[f"momentum {stage.index} {number}"] = momentum.clone()
+        for number, values in enumerate(stage.optimizer_state().values()):
+            for key, value in values.items():
+                state[f"{key} {stage.index} {number}"] = torch.as_tensor(value)
     state["losses"] = torch.tensor(history.batch_losses, dtype=torch.float64)
     state["epochs"] = torch.tensor([[e.loss, e.accuracy, e.samples] for e in history.epochs])
     return state
@@ -124,6 +125,8 @@ def everything(runner: FDGRunner, history: History) -> dict[str, Tensor]:
         (2, {"method": "ddg", "backward_weights": "current"}),
         (3, {"nesterov": True}),
         (3, {"method": "bp"}),
+        (2, {"accumulate": 2, "clip_norm": 0.5, "param_groups": {"*.bias": {"weight_decay": 0}}}),
+        (2, {"optimizer": lambda p: torch.optim.AdamW(p, lr=0.01)}),
     ],
 )
 def test_a_crash_at_any_batch_leaves_no_trace(

@@ -1,6 +1,7 @@
 #include "sgd_update.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <stdexcept>
 #include <string>
@@ -99,6 +100,13 @@ inline __attribute__((always_inline)) void update_by_rule(const Span<T>& s, bool
     update_span<false, true>(s, c, past_cache);
 }
 
+// What a parameter group's hyper-parameters ask of one batch's update.
+template <class T>
+struct GroupRule {
+  SgdCoefficients<T> coefficients;
+  bool nesterov;
+};
+
 template <class T>
 using UpdateFunction = void (*)(const Span<T>&, bool, const SgdCoefficients<T>&, bool);
 
@@ -186,14 +194,23 @@ std::shared_ptr<Work> FlatSgd::copy(int from, int to) {
 
 template <class T>
 void FlatSgd::update_typed(int from, int to, int64_t batch) {
-  const double* row = parameters_.hyper.row(batch);
-  const SgdCoefficients<T> c{
-      static_cast<T>(row[HyperTable::first_shrink + parameters_.stage]),
-      static_cast<T>(row[HyperTable::weight_decay]),
-      static_cast<T>(row[HyperTable::momentum]),
-      static_cast<T>(row[HyperTable::lr]),
-  };
-  const bool nesterov = row[HyperTable::nesterov] != 0;
+  const double gain = parameters_.gain ? *reinterpret_cast<const double*>(parameters_.gain) : 1.0;
+  if (!std::isfinite(gain)) {
+    copy_weights(from, to);
+    return;
+  }
+  std::vector<GroupRule<T>> rules;
+  for (int64_t group = 0; group < parameters_.hyper.groups; ++group) {
+    const double* block = parameters_.hyper.block(batch, group);
+    const T shrink = static_cast<T>(block[HyperTable::first_shrink + parameters_.stage]);
+    rules.push_back({{
+                         shrink * static_cast<T>(gain),
+                         static_cast<T>(block[HyperTable::weight_decay]),
+                         static_cast<T>(block[HyperTable::momentum]),
+                         static_cast<T>(block[HyperTable::lr]),
+                     },
+                     block[HyperTable::nesterov] != 0});
+  }
   const auto* source = reinterpret_cast<const T*>(parameters_.weights[from]);
   auto* target = reinterpret_cast<T*>(parameters_.weights[to]);
   auto* momentum = reinterpret_cast<T*>(parameters_.momentum);
@@ -201,11 +218,13 @@ void FlatSgd::update_typed(int from, int to, int64_t batch) {
   static const UpdateFunction<T> update = best_update<T>();
   team_.run([&](int thread) {
     for (const Piece& piece : pieces_[thread]) {
-      const int64_t at = parameters_.segments[piece.segment].offset + piece.begin;
+      const Segment& segment = parameters_.segments[piece.segment];
+      const int64_t at = segment.offset + piece.begin;
+      const GroupRule<T>& rule = rules[static_cast<size_t>(segment.group)];
       const auto* gradient = reinterpret_cast<const T*>(parameters_.gradients[piece.segment]);
       if (gradient)
         update({source + at, gradient + piece.begin, momentum + at, target + at, piece.size},
-               nesterov, c, past_cache);
+               rule.nesterov, rule.coefficients, past_cache);
       else if (from != to)
         std::memcpy(target + at, source + at, static_cast<size_t>(piece.size) * sizeof(T));
     }
@@ -228,6 +247,12 @@ void FlatSgd::run_copy(int from, int to) {
   parameters_.check_copy(from);
   parameters_.check_copy(to);
   if (from == to) return;
+  copy_weights(from, to);
+  parameters_.progress[0] = to;
+}
+
+void FlatSgd::copy_weights(int from, int to) {
+  if (from == to) return;
   const int64_t item = item_size(parameters_.dtype);
   const auto* source = reinterpret_cast<const char*>(parameters_.weights[from]);
   auto* target = reinterpret_cast<char*>(parameters_.weights[to]);
@@ -237,7 +262,6 @@ void FlatSgd::run_copy(int from, int to) {
       std::memcpy(target + at, source + at, static_cast<size_t>(piece.size * item));
     }
   });
-  parameters_.progress[0] = to;
 }
 
 }  // namespace fdg::cpu

@@ -33,6 +33,7 @@ class FlatSgd : public std::enable_shared_from_this<FlatSgd> {
 
   template <class T>
   void update_typed(int from, int to, int64_t batch);
+  void copy_weights(int from, int to);
 
   const FlatParameters parameters_;
   ForkJoin team_;

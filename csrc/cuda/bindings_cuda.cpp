@@ -35,12 +35,10 @@ Word as_word(const PyWord& word) {
 }
 
 std::shared_ptr<CudaSgd> make_sgd(const std::string& dtype, const std::string& gradient_dtype,
-                                  int stage,
-                                  const std::vector<std::pair<int64_t, int64_t>>& segments,
+                                  int stage, const PySegments& segments,
                                   std::vector<uintptr_t> weights, uintptr_t momentum,
-                                  uintptr_t gradients, uintptr_t hyper, int64_t hyper_rows,
-                                  int64_t hyper_columns, uintptr_t progress, int device, int slots,
-                                  int ticks_in_flight) {
+                                  uintptr_t gradients, const PyHyperTable& hyper, uintptr_t gain,
+                                  uintptr_t progress, int device, int slots, int ticks_in_flight) {
   SgdOptions options;
   options.device = device;
   options.slots = slots;
@@ -54,9 +52,8 @@ std::shared_ptr<CudaSgd> make_sgd(const std::string& dtype, const std::string& g
         "gradient_dtype must be 'bfloat16', 'float16' or that of the "
         "weights, got '" +
         gradient_dtype + "'");
-  FlatParameters parameters =
-      make_flat_parameters(dtype, stage, segments, std::move(weights), momentum, gradients, hyper,
-                           hyper_rows, hyper_columns, progress);
+  FlatParameters parameters = make_flat_parameters(dtype, stage, segments, std::move(weights),
+                                                   momentum, gradients, hyper, gain, progress);
   if (options.gradient_dtype != GradientDtype::as_weights && parameters.dtype != Dtype::float32)
     throw std::invalid_argument("gradients of half precision go with float32 weights, got " +
                                 dtype);
@@ -70,10 +67,17 @@ void bind(py::module_& m) {
   py::class_<CudaSgd, std::shared_ptr<CudaSgd>>(m, "CudaSgd")
       .def(py::init(&make_sgd), py::kw_only(), py::arg("dtype"), py::arg("gradient_dtype"),
            py::arg("stage"), py::arg("segments"), py::arg("weights"), py::arg("momentum"),
-           py::arg("gradients"), py::arg("hyper"), py::arg("hyper_rows"), py::arg("hyper_columns"),
-           py::arg("progress"), py::arg("device"), py::arg("slots"), py::arg("ticks_in_flight"))
+           py::arg("gradients"), py::arg("hyper"), py::arg("gain"), py::arg("progress"),
+           py::arg("device"), py::arg("slots"), py::arg("ticks_in_flight"))
       .def("update", &CudaSgd::update, py::arg("source"), py::arg("target"), py::arg("slot"))
-      .def("copy", &CudaSgd::copy, py::arg("source"), py::arg("target"));
+      .def("copy", &CudaSgd::copy, py::arg("source"), py::arg("target"))
+      .def(
+          "run_update",
+          [](CudaSgd& self, int source, int target, int slot, int64_t batch, uintptr_t stream) {
+            self.run_update(source, target, slot, batch, reinterpret_cast<cudaStream_t>(stream));
+          },
+          py::kw_only(), py::arg("source"), py::arg("target"), py::arg("slot"), py::arg("batch"),
+          py::arg("stream"));
 
   py::class_<CopyWork, Work, std::shared_ptr<CopyWork>>(m, "CudaCopy")
       .def(py::init([](const PyWord& source, int source_device, const PyWord& target,

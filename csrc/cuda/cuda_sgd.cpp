@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "cuda_stream.h"
 #include "sgd_chunks.h"
@@ -52,7 +53,9 @@ CudaSgd::CudaSgd(FlatParameters parameters, const SgdOptions& options)
       options_(options),
       bytes_(static_cast<size_t>(parameters_.size() * item_size(parameters_.dtype))),
       chunks_(options.device, chunk_bytes(parameters_)),
-      hyper_(options.device, options.slots, kHyperFields * sizeof(double), options.ticks_in_flight),
+      hyper_(options.device, options.slots,
+             static_cast<size_t>(parameters_.hyper.groups) * kHyperFields * sizeof(double),
+             options.ticks_in_flight),
       gradients_(options.device, options.slots, parameters_.segments.size() * sizeof(uint64_t),
                  options.ticks_in_flight) {
   const DeviceGuard guard(options_.device);
@@ -85,14 +88,17 @@ std::shared_ptr<Work> CudaSgd::copy(int from, int to) {
 }
 
 void CudaSgd::run_update(int from, int to, int slot, int64_t batch, cudaStream_t stream) {
-  const double* row = parameters_.hyper.row(batch);
-  std::array<double, kHyperFields> hyper{};
-  hyper[hyper_lr] = row[HyperTable::lr];
-  hyper[hyper_momentum] = row[HyperTable::momentum];
-  hyper[hyper_weight_decay] = row[HyperTable::weight_decay];
-  hyper[hyper_nesterov] = row[HyperTable::nesterov];
-  hyper[hyper_shrink] = row[HyperTable::first_shrink + parameters_.stage];
-  hyper[hyper_unscale] = 1.0;
+  std::vector<double> hyper;
+  for (int64_t group = 0; group < parameters_.hyper.groups; ++group) {
+    const double* block = parameters_.hyper.block(batch, group);
+    std::array<double, kHyperFields> fields{};
+    fields[hyper_lr] = block[HyperTable::lr];
+    fields[hyper_momentum] = block[HyperTable::momentum];
+    fields[hyper_weight_decay] = block[HyperTable::weight_decay];
+    fields[hyper_nesterov] = block[HyperTable::nesterov];
+    fields[hyper_shrink] = block[HyperTable::first_shrink + parameters_.stage];
+    hyper.insert(hyper.end(), fields.begin(), fields.end());
+  }
   hyper_.refresh(slot, hyper.data(), stream);
   const size_t segments = parameters_.segments.size();
   gradients_.refresh(slot, parameters_.gradients + static_cast<size_t>(slot) * segments, stream);
@@ -107,6 +113,7 @@ void CudaSgd::run_update(int from, int to, int slot, int64_t batch, cudaStream_t
   launch.chunks = reinterpret_cast<const Chunk*>(chunks_.get());
   launch.chunk_count = chunk_count_;
   launch.hyper = static_cast<const double*>(hyper_.row(slot));
+  launch.gain = reinterpret_cast<const double*>(parameters_.gain);
   check(launch_sgd(launch, multiprocessors_, stream), "launch_sgd");
   parameters_.progress[0] = to;
   ++parameters_.progress[1];

@@ -19,6 +19,7 @@ struct Chunk {
   int64_t begin;  // element within the parameter
   int32_t segment;
   int32_t size;
+  int32_t group;
 };
 
 // In order of segment and place, each element in one chunk. Only a segment's last chunk is smaller

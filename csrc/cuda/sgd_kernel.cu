@@ -91,25 +91,11 @@ __device__ void copy_span(const T* from, T* to, int size) {
 }
 
 template <bool nesterov, bool remembers, class T, class G>
-__device__ void update_chunks(const SgdLaunch& launch, const SgdCoefficients<T>& c) {
-  for (int64_t index = blockIdx.x; index < launch.chunk_count; index += gridDim.x) {
-    const Chunk chunk = launch.chunks[index];
-    const T* weights = static_cast<const T*>(launch.weights) + chunk.place;
-    T* out = static_cast<T*>(launch.target) + chunk.place;
-    const uint64_t address = launch.gradients[chunk.segment];
-    if (address == 0) {
-      if (out != weights) copy_span(weights, out, chunk.size);
-      continue;
-    }
-    // By a mere cast the compiler would not know that this is global memory.
-    const G* gradient = static_cast<const G*>(__cvta_global_to_generic(address)) + chunk.begin;
-    T* momentum = static_cast<T*>(launch.momentum) + chunk.place;
-    const Span<T, G> span{weights, gradient, momentum, out, chunk.size};
-    if (reinterpret_cast<uintptr_t>(gradient) % 16 == 0)
-      update_span<nesterov, remembers, true>(span, c);
-    else
-      update_span<nesterov, remembers, false>(span, c);
-  }
+__device__ void update_aligned(const Span<T, G>& s, const SgdCoefficients<T>& c) {
+  if (reinterpret_cast<uintptr_t>(s.gradients) % 16 == 0)
+    update_span<nesterov, remembers, true>(s, c);
+  else
+    update_span<nesterov, remembers, false>(s, c);
 }
 
 // The hyper-parameters, and with them the rule, come from memory: a captured graph that is launched
@@ -117,19 +103,42 @@ __device__ void update_chunks(const SgdLaunch& launch, const SgdCoefficients<T>&
 template <class T, class G>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     sgd_kernel(const SgdLaunch launch) {
-  const double* hyper = launch.hyper;
-  const SgdCoefficients<T> c{
-      static_cast<T>(hyper[hyper_shrink]) * static_cast<T>(hyper[hyper_unscale]),
-      static_cast<T>(hyper[hyper_weight_decay]),
-      static_cast<T>(hyper[hyper_momentum]),
-      static_cast<T>(hyper[hyper_lr]),
-  };
-  if (c.momentum == T(0))
-    update_chunks<false, false, T, G>(launch, c);
-  else if (hyper[hyper_nesterov] != 0)
-    update_chunks<true, true, T, G>(launch, c);
-  else
-    update_chunks<false, true, T, G>(launch, c);
+  const double gain = launch.gain ? *launch.gain : 1.0;
+  const bool skipped = !isfinite(gain);
+  SgdCoefficients<T> c{};
+  bool nesterov = false;
+  int32_t known = -1;  // the group that `c` and `nesterov` are of
+  for (int64_t index = blockIdx.x; index < launch.chunk_count; index += gridDim.x) {
+    const Chunk chunk = launch.chunks[index];
+    const T* weights = static_cast<const T*>(launch.weights) + chunk.place;
+    T* out = static_cast<T*>(launch.target) + chunk.place;
+    const uint64_t address = launch.gradients[chunk.segment];
+    if (address == 0 || skipped) {
+      if (out != weights) copy_span(weights, out, chunk.size);
+      continue;
+    }
+    if (chunk.group != known) {
+      known = chunk.group;
+      const double* hyper = launch.hyper + static_cast<int64_t>(known) * kHyperFields;
+      c = {
+          static_cast<T>(hyper[hyper_shrink]) * static_cast<T>(gain),
+          static_cast<T>(hyper[hyper_weight_decay]),
+          static_cast<T>(hyper[hyper_momentum]),
+          static_cast<T>(hyper[hyper_lr]),
+      };
+      nesterov = hyper[hyper_nesterov] != 0;
+    }
+    // By a mere cast the compiler would not know that this is global memory.
+    const G* gradient = static_cast<const G*>(__cvta_global_to_generic(address)) + chunk.begin;
+    T* momentum = static_cast<T*>(launch.momentum) + chunk.place;
+    const Span<T, G> span{weights, gradient, momentum, out, chunk.size};
+    if (c.momentum == T(0))
+      update_aligned<false, false>(span, c);
+    else if (nesterov)
+      update_aligned<true, true>(span, c);
+    else
+      update_aligned<false, true>(span, c);
+  }
 }
 
 using Kernel = void (*)(SgdLaunch);

@@ -12,18 +12,15 @@ namespace fdg::cuda {
 
 enum class GradientDtype { as_weights, bfloat16, float16 };  // the half ones: float32 weights only
 
-// The device copy of a batch's hyper-parameters, float64. The gradient's factor is the product of
-// the stage's shrinking factor and, where the loss was scaled, of 1 / scale; each is rounded to the
-// dtype of the weights first.
+// The device copy of a batch's hyper-parameters of one parameter group, float64.
 enum HyperField {
   hyper_lr,
   hyper_momentum,
   hyper_weight_decay,
   hyper_nesterov,  // 0 or 1
   hyper_shrink,
-  hyper_unscale,
 };
-constexpr int kHyperFields = 6;
+constexpr int kHyperFields = 5;
 
 // Every pointer is device memory of the caller's, who keeps it valid until the kernel has run. The
 // flat arrays are aligned to 16 bytes and so is every segment in them; gradients may lie anywhere.
@@ -36,7 +33,10 @@ struct SgdLaunch {
   const uint64_t* gradients;  // [segment] address of the dense gradient; 0: weights are only copied
   const Chunk* chunks;
   int64_t chunk_count;
-  const double* hyper;  // [kHyperFields]
+  const double* hyper;  // [group][kHyperFields]
+  // Null, or one number: a gradient's factor is the product of the stage's shrinking factor and of
+  // this gain, each rounded to the dtype of the weights first. Not finite: weights are only copied.
+  const double* gain;
 };
 
 // Queues the update on `stream` of the current device and returns the launch's error, without

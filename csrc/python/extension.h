@@ -10,6 +10,7 @@
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -26,13 +27,16 @@ struct BackendOptions {
   int max_delay_us = 0;
 };
 
+using PySegments = std::vector<std::tuple<int64_t, int64_t, int32_t>>;  // offset, size, group
+using PyHyperTable = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;  // address, shape
+
 // The flat memory of a stage from what Python knows of it: addresses as integers. Throws
 // std::invalid_argument for an unknown dtype.
 inline FlatParameters make_flat_parameters(const std::string& dtype, int stage,
-                                           const std::vector<std::pair<int64_t, int64_t>>& segments,
+                                           const PySegments& segments,
                                            std::vector<uintptr_t> weights, uintptr_t momentum,
-                                           uintptr_t gradients, uintptr_t hyper, int64_t hyper_rows,
-                                           int64_t hyper_columns, uintptr_t progress) {
+                                           uintptr_t gradients, const PyHyperTable& hyper,
+                                           uintptr_t gain, uintptr_t progress) {
   FlatParameters parameters;
   if (dtype == "float32")
     parameters.dtype = Dtype::float32;
@@ -41,11 +45,14 @@ inline FlatParameters make_flat_parameters(const std::string& dtype, int stage,
   else
     throw std::invalid_argument("dtype must be 'float32' or 'float64', got '" + dtype + "'");
   parameters.stage = stage;
-  for (const auto& [offset, size] : segments) parameters.segments.push_back({offset, size});
+  for (const auto& [offset, size, group] : segments)
+    parameters.segments.push_back({offset, size, group});
   parameters.weights = std::move(weights);
   parameters.momentum = momentum;
   parameters.gradients = reinterpret_cast<const uint64_t*>(gradients);
-  parameters.hyper = {reinterpret_cast<const double*>(hyper), hyper_rows, hyper_columns};
+  const auto& [table, rows, groups, columns] = hyper;
+  parameters.hyper = {reinterpret_cast<const double*>(table), rows, columns, groups};
+  parameters.gain = gain;
   parameters.progress = reinterpret_cast<int64_t*>(progress);
   return parameters;
 }

@@ -89,8 +89,8 @@ constexpr int kRows = 2;
 // One stage's flat memory with the update over it, and a reference that follows along.
 template <class T>
 struct Bench {
-  Bench(const Layout& layout, int threads, uint64_t seed = 1)
-      : layout(layout), momentum(layout.size) {
+  Bench(const Layout& layout, int threads, uint64_t seed = 1, int groups = 1)
+      : layout(layout), groups(groups), momentum(layout.size) {
     for (int i = 0; i < kCopies; ++i) {
       weights.emplace_back(layout.size);
       weights.back().fill(seed);
@@ -101,10 +101,13 @@ struct Bench {
       gradients.back().fill(seed);
       table.push_back(layout.has_gradient[i] ? gradients.back().address() : 0);
     }
+    // Of three groups the second has no momentum and the third is Nesterov's.
     for (int row = 0; row < kRows; ++row)
-      for (const double value :
-           {0.1 / (row + 1), 0.9 - row * 0.2, 5e-4 * (row + 1), 0.0, 0.7, 0.49, 1.0})
-        hyper.push_back(value);
+      for (int group = 0; group < groups; ++group)
+        for (const double value :
+             {0.1 / (row + 1 + group), group == 1 ? 0.0 : 0.9 - row * 0.2, 5e-4 * (row + 1 - group),
+              group == 2 ? 1.0 : 0.0, 0.7, 0.49 + 0.1 * group, 1.0})
+          hyper.push_back(value);
     for (auto& copy : weights) expected_weights.push_back(copy.values());
     expected_momentum = momentum.values();
     sgd = std::make_shared<FlatSgd>(parameters(), threads);
@@ -115,10 +118,13 @@ struct Bench {
     made.dtype = kDtype<T>;
     made.stage = kStage;
     made.segments = layout.segments;
+    for (size_t i = 0; i < made.segments.size(); ++i)
+      made.segments[i].group = static_cast<int32_t>(i % static_cast<size_t>(groups));
     for (auto& copy : weights) made.weights.push_back(copy.address());
     made.momentum = momentum.address();
     made.gradients = table.data();
-    made.hyper = {hyper.data(), kRows, HyperTable::first_shrink + kStages};
+    made.hyper = {hyper.data(), kRows, HyperTable::first_shrink + kStages, groups};
+    made.gain = reinterpret_cast<uintptr_t>(gain);
     made.progress = progress;
     return made;
   }
@@ -126,19 +132,21 @@ struct Bench {
   void set_nesterov(bool on) {
     for (int row = 0; row < kRows; ++row) row_of(row)[HyperTable::nesterov] = on;
   }
-  double* row_of(int64_t batch) {
-    return hyper.data() + batch % kRows * (HyperTable::first_shrink + kStages);
+  double* row_of(int64_t batch, size_t group = 0) {
+    const auto block = static_cast<size_t>(batch % kRows * groups) + group;
+    return hyper.data() + block * (HyperTable::first_shrink + kStages);
   }
 
   // g' = s*g + wd*w;  v = mu*v + g';  w = w - lr*v, or w - lr*(g' + mu*v)
   // and w = w - lr*g', v as it was, where mu is 0.
   void expect_update(int from, int to, int64_t batch) {
-    const double* row = row_of(batch);
-    const T lr = static_cast<T>(row[0]), mu = static_cast<T>(row[1]), wd = static_cast<T>(row[2]);
-    const T shrink = static_cast<T>(row[4 + kStage]);
-    const bool nesterov = row[3] != 0;
     for (size_t segment = 0; segment < layout.segments.size(); ++segment) {
-      const auto [offset, size] = layout.segments[segment];
+      const double* row = row_of(batch, segment % static_cast<size_t>(groups));
+      const T lr = static_cast<T>(row[0]), mu = static_cast<T>(row[1]), wd = static_cast<T>(row[2]);
+      const T shrink = static_cast<T>(row[4 + kStage]) * (gain ? static_cast<T>(*gain) : T(1));
+      const bool nesterov = row[3] != 0;
+      const int64_t offset = layout.segments[segment].offset;
+      const int64_t size = layout.segments[segment].size;
       if (!layout.has_gradient[segment]) {
         expect_copy_of(layout.segments[segment], from, to);
         continue;
@@ -188,6 +196,8 @@ struct Bench {
   }
 
   const Layout layout;
+  const int groups;
+  const double* gain = nullptr;  // to be set before `sgd` is made anew
   std::vector<Flat<T>> weights;
   Flat<T> momentum;
   std::vector<Flat<T>> gradients;
@@ -294,6 +304,67 @@ TEST("flat sgd: the gradient table and the hyper-parameters are read when the wo
 }
 
 template <class T>
+void check_groups() {
+  for (int threads = 1; threads <= 3; ++threads) {
+    // Segments of several pieces, of none, and without gradient, in each group.
+    Bench<T> bench(layout({7, 40000, 33, 0, 5000, 20001, 3}, 5, true, {4}), threads, 1, 3);
+    bench.update_and_check(0, 1, 0);
+    bench.update_and_check(1, 1, 1);
+    bench.update_and_check(1, 2, 2);
+  }
+}
+
+TEST("flat sgd: every segment has the hyper-parameters of its group, bit for bit") {
+  check_groups<float>();
+  check_groups<double>();
+}
+
+template <class T>
+void check_gain() {
+  for (int threads = 1; threads <= 2; ++threads) {
+    Bench<T> bench(layout({7, 20000, 3}, 5, true, {2}), threads, 1, 2);
+    double gain = 1.0;
+    bench.gain = &gain;
+    bench.sgd = std::make_shared<FlatSgd>(bench.parameters(), threads);
+    bench.update_and_check(0, 1, 0);
+    gain = 0.3;  // read when the update runs
+    bench.update_and_check(1, 2, 1);
+    gain = 0;
+    bench.update_and_check(2, 2, 2);
+  }
+}
+
+TEST("flat sgd: gradients are multiplied by shrink times gain, bit for bit") {
+  check_gain<float>();
+  check_gain<double>();
+}
+
+TEST("flat sgd: a gain of 1 changes no bit") {
+  const Layout sizes = layout({7, 20000, 3}, 5, true);
+  Bench<float> with(sizes, 2), without(sizes, 2);
+  const double one = 1.0;
+  with.gain = &one;
+  with.sgd = std::make_shared<FlatSgd>(with.parameters(), 2);
+  for (auto* bench : {&with, &without}) bench->sgd->run_update(0, 1, 0);
+  CHECK(first_difference(with.weights[1].data(), without.weights[1].values()) == "");
+  CHECK(first_difference(with.momentum.data(), without.momentum.values()) == "");
+}
+
+TEST("flat sgd: with a gain that is not finite only the weights move on") {
+  for (const double gain : {static_cast<double>(NAN), static_cast<double>(INFINITY)})
+    for (const int to : {0, 2}) {
+      Bench<double> bench(layout({7, 20000, 3}, 5, true, {2}), 2, 1, 2);
+      bench.gain = &gain;
+      bench.sgd = std::make_shared<FlatSgd>(bench.parameters(), 2);
+      bench.sgd->run_update(0, to, 0);
+      bench.expect_copy(0, to);
+      bench.check();
+      CHECK(bench.progress[0] == to);
+      CHECK(bench.progress[1] == 1);
+    }
+}
+
+template <class T>
 void check_copy(const Layout& layout, int threads) {
   Bench<T> bench(layout, threads);
   bench.sgd->run_copy(0, 2);
@@ -388,6 +459,8 @@ TEST("flat sgd: what cannot be right is refused in words") {
   refuses("no column for stage 1", [](auto& p) { p.hyper.rows = 0; });
   refuses("no column for stage 1", [](auto& p) { p.hyper.columns = 5; });
   refuses("no column for stage 3", [](auto& p) { p.stage = 3; });
+  refuses("parameter group 1; there are 1", [](auto& p) { p.segments[1].group = 1; });
+  refuses("parameter group -1", [](auto& p) { p.segments[0].group = -1; });
   for (const int copy : {-1, kCopies}) {
     const std::string message =
         "weight copy " + std::to_string(copy) + " does not exist; there are 3";

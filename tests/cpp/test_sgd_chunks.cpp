@@ -36,6 +36,7 @@ void check_chunks(const std::vector<Segment>& segments) {
     CHECK(chunk.place == segment.offset + chunk.begin);
     CHECK(chunk.begin % kChunkSize == 0);
     CHECK(chunk.size > 0);
+    CHECK(chunk.group == segment.group);
     const bool last = chunk.begin + chunk.size == segment.size;
     CHECK((last ? chunk.size <= kChunkSize : chunk.size == kChunkSize));
     if (i > 0) CHECK(chunks[i - 1].place + chunks[i - 1].size <= chunk.place);
@@ -48,7 +49,7 @@ TEST("chunks cover every element of every segment once") {
     const check::Note note("size " + std::to_string(size));
     check_chunks({{0, size}});
     const int64_t second = (size + 15) / 16 * 16;
-    check_chunks({{0, size}, {second, size}, {second + 4 * kChunkSize, 7}});
+    check_chunks({{0, size, 1}, {second, size, 0}, {second + 4 * kChunkSize, 7, 2}});
   }
 }
 

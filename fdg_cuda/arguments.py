@@ -1,0 +1,43 @@
+"""What can be said of a runner's arguments before anything is made of them."""
+
+from __future__ import annotations
+
+import torch
+
+from fdg_cuda.backward_weights import BackwardWeights
+
+BACKWARD_WEIGHTS = tuple(mode.value for mode in BackwardWeights)
+
+
+def check_stages(backward_weights: str, layers: int, devices: int) -> None:
+    """Raises:
+    ValueError: an unknown choice, or less layers than devices.
+    """
+    if backward_weights not in BACKWARD_WEIGHTS:
+        raise ValueError(
+            f"backward_weights must be one of {', '.join(BACKWARD_WEIGHTS)}; got "
+            f"{backward_weights!r}"
+        )
+    if layers < devices:
+        raise ValueError(
+            f"the chain has {layers} layers, too few for {devices} stages; "
+            f"give at most {layers} devices, or a model with more children"
+        )
+
+
+def check_fit(epochs: int, lr_step: str) -> None:
+    """Raises:
+    ValueError: an argument of ``fit`` that cannot be.
+    RuntimeError: torch is in a mode in which stages cannot train.
+    """
+    if epochs < 0:
+        raise ValueError(f"epochs must be 0 or more; got {epochs}")
+    if lr_step not in ("epoch", "batch"):
+        raise ValueError(f"lr_step must be 'epoch' or 'batch'; got {lr_step!r}")
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("fit cannot train under torch.inference_mode(); call it outside")
+    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+        raise RuntimeError(
+            "torch.autocast around fit does not reach the stages, which have settings of their own; "
+            "put it into the layers' forward, or train without it"
+        )
