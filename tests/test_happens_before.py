@@ -63,17 +63,17 @@ def test_every_conflict_is_ordered_and_nothing_deadlocks(
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("stash", [True, False], ids=["stash", "current"])
+@pytest.mark.parametrize("mode", list(BackwardWeights))
 @pytest.mark.parametrize("stages", range(1, 5))
 @pytest.mark.parametrize("method", METHODS)
 def test_with_several_batches_per_update_too(
-    method: str, stages: int, stash: bool, layout: str
+    method: str, stages: int, mode: BackwardWeights, layout: str
 ) -> None:
     """Also that what is enqueued is the schedule, whatever ticks have in common."""
     for accumulate in (2, 3):
         for batches in (1, 2, batches_to_wrap(stages)):
             operations = enqueue(
-                method, stages, batches, layout=layout, stash=stash, accumulate=accumulate
+                method, stages, batches, layout=layout, mode=mode, accumulate=accumulate
             )
             report = check_happens_before(operations)
             assert report.races == []
