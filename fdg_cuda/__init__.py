@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     )
     from fdg_cuda.metrics import BatchResult, EpochResult, Evaluation, History
     from fdg_cuda.runner import FDGRunner
+    from fdg_cuda.shares import Shares
     from fdg_cuda.timeline import Timeline
 
 __version__ = "0.1.0"
@@ -35,6 +36,7 @@ __all__ = [
     "FitStart",
     "History",
     "NonFiniteLossError",
+    "Shares",
     "Timeline",
     "TrainingStopped",
     "__version__",
@@ -54,6 +56,7 @@ _MODULES = {
     "FitStart": "fdg_cuda.callbacks",
     "History": "fdg_cuda.metrics",
     "NonFiniteLossError": "fdg_cuda.errors",
+    "Shares": "fdg_cuda.shares",
     "Timeline": "fdg_cuda.timeline",
     "TrainingStopped": "fdg_cuda.errors",
 }
