@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fdg_cuda.metrics import BatchResult, EpochResult, Evaluation, History
     from fdg_cuda.runner import FDGRunner
     from fdg_cuda.shares import Shares
+    from fdg_cuda.tensorboard import TensorBoard
     from fdg_cuda.timeline import Timeline
 
 __version__ = "0.1.0"
@@ -37,6 +38,7 @@ __all__ = [
     "History",
     "NonFiniteLossError",
     "Shares",
+    "TensorBoard",
     "Timeline",
     "TrainingStopped",
     "__version__",
@@ -57,6 +59,7 @@ _MODULES = {
     "History": "fdg_cuda.metrics",
     "NonFiniteLossError": "fdg_cuda.errors",
     "Shares": "fdg_cuda.shares",
+    "TensorBoard": "fdg_cuda.tensorboard",
     "Timeline": "fdg_cuda.timeline",
     "TrainingStopped": "fdg_cuda.errors",
 }
