@@ -14,6 +14,7 @@ import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from fdg_cuda._core import Scheduler
+from fdg_cuda.backward_weights import BackwardWeights
 from fdg_cuda.layout import CpuLayout, Step
 from fdg_cuda.program import NoWork, Program
 from fdg_cuda.schedule import Schedule
@@ -32,7 +33,7 @@ class PythonNoWork(NoWork):
 @pytest.mark.parametrize("work", [NoWork, PythonNoWork], ids=["native", "python"])
 def test_empty_actions(benchmark: BenchmarkFixture, stages: int, work: type[NoWork]) -> None:
     schedule = Schedule("fdg", stages)
-    layout = CpuLayout(schedule, stash=True)
+    layout = CpuLayout(schedule, BackwardWeights.STASH)
     scheduler = Scheduler("cpu", layout.streams)
     program = Program(schedule, layout, scheduler, [work() for _ in range(stages)])
     ticks = TICKS if stages <= 8 else TICKS // 10

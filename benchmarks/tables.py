@@ -122,6 +122,8 @@ def memory() -> list[str]:
     if results is None:
         return [heading, "", NOT_MEASURED, ""]
     s = results["settings"]
+    # Files from before "replay" have neither inputs nor times.
+    with_inputs = all("input_bytes" in row for rows in results["rows"].values() for row in rows)
     rows = [
         [
             mode,
@@ -130,13 +132,22 @@ def memory() -> list[str]:
             f"{row['weight_copies']} ({row['weight_bytes'] / 1e6:.2f} MB)",
             f"{row['snapshot_bytes'] / 1e6:.2f} MB",
             f"{row['batches']} ({row['activation_bytes'] / 1e6:.0f} MB)",
+            *([f"{row['input_bytes'] / 1e6:.1f} MB"] if with_inputs else []),
         ]
         for mode, stages in results["rows"].items()
         for row in stages
     ]
     headings = ["mode", "stage", "D_k", "weight copies", "epoch's snapshot", "batches' activations"]
+    headings += ["batches' inputs"] if with_inputs else []
+    times = [[mode, spread(q)] for mode, q in results.get("seconds_per_step", {}).items()]
     case = f"{s['model']}, batch {s['batch_size']}, K = {s['stages']}, 3x32x32"
-    return [f"{heading}: {case}", "", *table(headings, rows), *origin(results)]
+    return [
+        f"{heading}: {case}",
+        "",
+        *table(headings, rows),
+        *(table(["mode", "seconds per step, fill and drain included"], times) if times else []),
+        *origin(results),
+    ]
 
 
 def gpu() -> list[str]:

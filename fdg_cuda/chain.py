@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.dropout import _DropoutNd
-
-logger = logging.getLogger("fdg_cuda")
 
 TRAINABLE_DTYPES = (torch.float32, torch.float64)
 
@@ -57,17 +53,6 @@ def check_unchanged(model: nn.Sequential, layers: Sequence[nn.Module]) -> None:
         raise RuntimeError(
             "layers of the model were added, removed or replaced since this runner was made; "
             "make a new FDGRunner for the changed model"
-        )
-
-
-def warn_of_random_layers(model: nn.Module) -> None:
-    """Dropout on several CPU stages does not repeat itself."""
-    random = [m for m in model.modules() if isinstance(m, _DropoutNd) and m.training]
-    if any(m.p > 0 for m in random):
-        logger.warning(
-            "the model draws random numbers (%s): CPU stages share torch's generator, so with more "
-            "than one of them the same seed need not give the same bits",
-            type(random[0]).__name__,
         )
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fdg_cuda._core import Scheduler, keep_freed_memory, return_freed_memory
+from fdg_cuda.backward_weights import BackwardWeights
 from fdg_cuda.batches import Batch
 from fdg_cuda.chain import check_loss
 from fdg_cuda.cpu_stage import CpuStage
@@ -20,6 +21,7 @@ from fdg_cuda.metrics import count_correct
 from fdg_cuda.optim import DelayedSGD
 from fdg_cuda.pipeline import MAX_TICKS_IN_FLIGHT, LossFunction, Pipeline
 from fdg_cuda.program import Program
+from fdg_cuda.randomness import reroute_generator, restore_generator
 from fdg_cuda.recorder import Recorder
 from fdg_cuda.schedule import Schedule
 from fdg_cuda.timeline import Lane
@@ -33,7 +35,7 @@ class CpuPipeline(Pipeline):
 
     Args:
         threads: intra-op threads per stage.
-        stash: whether each slot has its own weight copy.
+        mode: which weights a backward uses.
         delays: (seed, longest in microseconds) of the sleeps put before every action, for tests.
     """
 
@@ -45,7 +47,7 @@ class CpuPipeline(Pipeline):
         optimizer: DelayedSGD,
         *,
         threads: int,
-        stash: bool,
+        mode: BackwardWeights,
         interrupts: Interrupts,
         recorder: Recorder | None = None,
         delays: tuple[int, int] = (0, 0),
@@ -58,7 +60,8 @@ class CpuPipeline(Pipeline):
         # Before the stages' threads start: a thread keeps the arena it begins with.
         if os.environ.get("FDG_KEEP_FREED_MEMORY", "1") != "0":
             keep_freed_memory()
-        layout = CpuLayout(schedule, stash=stash)
+        self._rerouted = False
+        layout = CpuLayout(schedule, mode)
         self._lanes = [Lane(layout.stage_of(i), name) for i, name in enumerate(layout.streams)]
         self._scheduler = Scheduler(
             "cpu",
@@ -69,6 +72,8 @@ class CpuPipeline(Pipeline):
         )
         try:
             self._set_threads(threads)
+            reroute_generator()
+            self._rerouted = True
             for stage in self._stages:
                 stage.begin_fit(hyper=self._hyper, threads=threads)
             self._stages[-1].loss = self._loss
@@ -79,6 +84,9 @@ class CpuPipeline(Pipeline):
 
     def close(self) -> None:
         super().close()
+        if self._rerouted:
+            restore_generator()
+            self._rerouted = False
         self._targets.clear()
         return_freed_memory()
 

@@ -10,16 +10,37 @@ import torch
 from torch import Tensor, nn
 
 from fdg_cuda._core import FlatSgd, Work
+from fdg_cuda.backward_weights import BackwardWeights
 from fdg_cuda.layout import INBOX_HALVES, Step
+from fdg_cuda.randomness import RandomState, drawing_from, seed_stage
 from fdg_cuda.schedule import Kind
 from fdg_cuda.stage import Stage, wants_gradient
 
 
 class CpuStage(Stage):
-    """Its forward and backward run on its own thread."""
+    """Its forward and backward run on its own thread.
 
-    def __init__(self, index: int, layers: Sequence[nn.Module], slots: int, *, stash: bool) -> None:
-        super().__init__(index, layers, slots, stash=stash, device=torch.device("cpu"))
+    Args:
+        alone: whether it is the only one. Then its random numbers begin where those of torch's own
+            generator would, as in plain training.
+
+    Attributes:
+        generator: where its layers' random numbers come from.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        layers: Sequence[nn.Module],
+        slots: int,
+        *,
+        mode: BackwardWeights,
+        alone: bool,
+    ) -> None:
+        super().__init__(index, layers, slots, mode=mode, device=torch.device("cpu"))
+        self._alone = alone
+        self.generator = torch.Generator()
+        self._seeded_from: int | bytes | None = None
         # Wiring, set by the runner.
         self.below: CpuStage | None = None
         self.above: CpuStage | None = None
@@ -34,7 +55,26 @@ class CpuStage(Stage):
     def begin_fit(self, *, hyper: np.ndarray, threads: int) -> None:
         """Lay the parameters out anew if they changed, and make the native update."""
         self.lay_out_anew()
+        self._seed_generator()
         self._sgd = self.memory.cpu_sgd(hyper, threads)
+
+    def _seed_generator(self) -> None:
+        """Later fits go on where the one before ended, unless the user's generator was moved: seeded
+        anew, and where the stage is alone, drawn from."""
+        source = self._source_of_seed()
+        if self._seeded_from == source:
+            return
+        self._seeded_from = source
+        if self._alone:
+            # Not torch's own itself: what the loader draws meanwhile would come between.
+            self.generator.set_state(torch.default_generator.get_state())
+        else:
+            seed_stage(self.generator, torch.default_generator.initial_seed(), self.index)
+
+    def _source_of_seed(self) -> int | bytes:
+        if self._alone:
+            return torch.default_generator.get_state().numpy().tobytes()
+        return torch.default_generator.initial_seed()
 
     def end_fit(self) -> None:
         super().end_fit()
@@ -46,6 +86,15 @@ class CpuStage(Stage):
         self._activations = [None] * INBOX_HALVES
         self._errors = [None] * INBOX_HALVES
         self._output = self._error = None
+
+    def random_state(self) -> RandomState:
+        return (self.generator.get_state(),)
+
+    def set_random_state(self, state: RandomState) -> None:
+        (own,) = state
+        self.generator.set_state(own)
+        if self._sgd is None:  # between two fits: the next one goes on from here
+            self._seeded_from = self._source_of_seed()
 
     @property
     def is_first(self) -> bool:
@@ -60,9 +109,9 @@ class CpuStage(Stage):
         copy = slot if self._stash else 0
         match step.kind:
             case Kind.FORWARD:
-                return partial(self._forward, slot, copy)
+                return partial(self._draw_own, self._forward, slot, copy)
             case Kind.BACKWARD:
-                return partial(self._backward, slot, copy)
+                return partial(self._draw_own, self._backward, slot, copy)
             case Kind.SEND_ACTIVATION:
                 return self._send_activation
             case Kind.SEND_ERROR:
@@ -77,6 +126,12 @@ class CpuStage(Stage):
                 return self.native_sgd.update(step.source if self._stash else 0, copy)
             case _:
                 raise ValueError(f"a stage on the CPU has no part in a {step.kind}")
+
+    def _draw_own(
+        self, compute: Callable[[int, int, int], None], slot: int, copy: int, batch: int
+    ) -> None:
+        with drawing_from(self.generator):
+            compute(slot, copy, batch)
 
     @property
     def native_sgd(self) -> FlatSgd:

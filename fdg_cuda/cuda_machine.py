@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 from fdg_cuda import _core
 from fdg_cuda.accelerator import accelerator
+from fdg_cuda.backward_weights import BackwardWeights
 from fdg_cuda.batches import Batch
 from fdg_cuda.cuda_pipeline import CudaPipeline
-from fdg_cuda.cuda_stage import CudaStage
+from fdg_cuda.cuda_stage import REPLAY_IS_EAGER, CudaStage
 from fdg_cuda.interrupts import Interrupts
 from fdg_cuda.layer_times import remembered
+from fdg_cuda.layout import replaying
 from fdg_cuda.machine import Machine
 from fdg_cuda.optim import DelayedSGD
 from fdg_cuda.pipeline import LossFunction, Pipeline
@@ -41,14 +43,23 @@ class CudaMachine(Machine):
 
     Args:
         graphs: ``"auto"``, True or False.
+
+    Raises:
+        ValueError: ``graphs`` is True, but a stage runs forwards again.
     """
 
     def __init__(
-        self, schedule: Schedule, ordinals: Sequence[int], *, stash: bool, graphs: str | bool
+        self,
+        schedule: Schedule,
+        mode: BackwardWeights,
+        ordinals: Sequence[int],
+        *,
+        graphs: str | bool,
     ) -> None:
-        super().__init__(schedule, stash=stash)
+        super().__init__(schedule, mode)
         self._ordinals = list(ordinals)
         self._graphs = GRAPHS[graphs]
+        self._check_graphs()
         self._stages: list[CudaStage] = []
         # For tests: see CudaPipeline; and hops that are staged although devices reach each other.
         self.injected_delays = (0, 0)
@@ -57,9 +68,21 @@ class CudaMachine(Machine):
         # fit; empty: streams are made.
         self.compute_streams: list[int] = []
 
+    def _check_graphs(self) -> None:
+        eager = sorted(replaying(self.schedule, self.mode))
+        if not eager or self._graphs == "never":
+            return
+        if self._graphs == "always":
+            raise ValueError(
+                f"graphs=True, but {REPLAY_IS_EAGER}. graphs='auto' captures the others, which keep "
+                f"their activations; backward_weights='current' has as few weight copies and can be "
+                f"captured."
+            )
+        logger.info("stages 0 to %d run eagerly: %s", eager[-1], REPLAY_IS_EAGER)
+
     def make_stages(self, parts: Sequence[Sequence[nn.Module]]) -> Sequence[Stage]:
         self._stages = [
-            CudaStage(k, part, self.schedule.slots(k), stash=self.stash, ordinal=ordinal)
+            CudaStage(k, part, self.schedule.slots(k), mode=self.mode, ordinal=ordinal)
             for k, (part, ordinal) in enumerate(zip(parts, self._ordinals, strict=True))
         ]
         for lower, upper in pairwise(self._stages):
@@ -78,7 +101,7 @@ class CudaMachine(Machine):
             self._stages,
             loss_fn,
             optimizer,
-            stash=self.stash,
+            mode=self.mode,
             staged=[self._is_staged(*hop) for hop in pairwise(self._ordinals)],
             graphs=self._graphs,
             interrupts=interrupts,

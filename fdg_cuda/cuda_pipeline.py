@@ -11,6 +11,7 @@ import torch
 
 from fdg_cuda._core import Scheduler
 from fdg_cuda.accelerator import accelerator
+from fdg_cuda.backward_weights import BackwardWeights
 from fdg_cuda.batches import Batch
 from fdg_cuda.cuda_stage import METRICS, CudaFit, CudaStage
 from fdg_cuda.interrupts import Interrupts
@@ -28,7 +29,7 @@ class CudaPipeline(Pipeline):
     """See :class:`Pipeline`.
 
     Args:
-        stash: whether each slot has its own weight copy.
+        mode: which weights a backward uses.
         staged: per hop, whether it goes through pinned host memory.
         graphs: ``"auto"``, ``"always"`` or ``"never"``.
         compute_streams: per stage a ``cudaStream_t`` of the caller's to compute on; empty: made here.
@@ -42,7 +43,7 @@ class CudaPipeline(Pipeline):
         loss_fn: LossFunction,
         optimizer: DelayedSGD,
         *,
-        stash: bool,
+        mode: BackwardWeights,
         staged: Sequence[bool],
         graphs: str,
         interrupts: Interrupts,
@@ -56,7 +57,7 @@ class CudaPipeline(Pipeline):
         self._stages = list(stages)
         self._regular: tuple[Form, Form] | None = None  # of the first batch's input and target
         self._samples = np.zeros(self._rows, dtype=np.int64)
-        layout = CudaLayout(schedule, stash=stash, staged=staged)
+        layout = CudaLayout(schedule, mode, staged=staged)
         self._lanes = [Lane(layout.stage_of(i), name) for i, name in enumerate(layout.streams)]
         ordinals = [self._stages[lane.stage].ordinal for lane in self._lanes]
         self._scheduler = Scheduler(

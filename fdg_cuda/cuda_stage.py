@@ -23,12 +23,14 @@ from torch import Tensor, nn
 from fdg_cuda import _core
 from fdg_cuda._core import Work
 from fdg_cuda.accelerator import Lane, accelerator
+from fdg_cuda.backward_weights import BackwardWeights
 from fdg_cuda.chain import check_loss
 from fdg_cuda.errors import said_out_of_memory
 from fdg_cuda.flat import DTYPES
 from fdg_cuda.layout import INBOX_HALVES, CudaLayout, Step, Transfer
 from fdg_cuda.mail import Form, Inbox, Outbox, laid_out_like, turns, without_gaps, word
 from fdg_cuda.metrics import correct_on_device
+from fdg_cuda.randomness import RandomState
 from fdg_cuda.schedule import Kind
 from fdg_cuda.stage import Snapshot, Stage, wants_gradient
 
@@ -40,6 +42,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("fdg_cuda")
 
+REPLAY_IS_EAGER = (
+    "backward_weights='replay' runs forwards again in the backward, with buffers and random numbers put "
+    "back on the host, which a graph cannot hold"
+)
 METRICS = 2  # float64: loss, correct answers (NaN where there are no classes)
 WORD = np.uint64
 
@@ -85,7 +91,7 @@ class CudaStage(Stage):
         layers: Sequence[nn.Module],
         slots: int,
         *,
-        stash: bool,
+        mode: BackwardWeights,
         ordinal: int,
     ) -> None:
         self.ordinal = ordinal
@@ -93,7 +99,7 @@ class CudaStage(Stage):
         with said_out_of_memory(index, ordinal):
             for layer in layers:
                 layer.to(device)
-            super().__init__(index, layers, slots, stash=stash, device=device)
+            super().__init__(index, layers, slots, mode=mode, device=device)
         # Wiring, set by the machine.
         self.above: CudaStage | None = None
         self._below: ReferenceType[CudaStage] | None = None
@@ -141,7 +147,12 @@ class CudaStage(Stage):
                     ticks_in_flight=fit.ticks_in_flight,
                 )
         self.loss = self._loss
-        self._graphs = StageGraphs(self) if fit.graphs != "never" else None
+        self._graphs = None
+        if fit.graphs != "never":
+            if self._replays:
+                fit.eager_because[self.index] = REPLAY_IS_EAGER
+            else:
+                self._graphs = StageGraphs(self)
 
     def end_fit(self) -> None:
         super().end_fit()
@@ -166,6 +177,14 @@ class CudaStage(Stage):
         self._error = self._target = None
         for inbox in (self.inbox, self.errors, self.targets):
             inbox.forget()
+
+    def random_state(self) -> RandomState:
+        return torch.get_rng_state(), accelerator().random_state(self.ordinal)
+
+    def set_random_state(self, state: RandomState) -> None:
+        host, device = state
+        torch.set_rng_state(host)
+        accelerator().set_random_state(self.ordinal, device)
 
     @property
     def below(self) -> CudaStage | None:

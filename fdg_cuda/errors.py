@@ -81,7 +81,8 @@ class DeviceOutOfMemoryError(torch.OutOfMemoryError):
         how_much = f" (it wanted {wanted[1]} more)" if wanted else ""
         super().__init__(
             f"stage {stage} does not fit on CUDA device {device}{how_much}. More stages (devices=[...] "
-            f"with more entries), backward_weights='current' or a smaller batch need less memory. "
+            f"with more entries), backward_weights='replay' or 'current', or a smaller batch need less "
+            f"memory. "
             f"torch said: {cause}"
         )
 

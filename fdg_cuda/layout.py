@@ -6,11 +6,11 @@ step; on CUDA devices inputs, labels, hops and metrics have steps of their own o
 Buffers of stage k:
 
 =============  ================================================================================
-``w{k}.{s}``   weight copy s (one per slot in ``"stash"``, a single one in ``"current"``)
+``w{k}.{s}``   weight copy s (one per slot in ``"stash"``, else a single one)
 ``v{k}``       momentum
 ``g{k}``       the gradients between a backward and its update
 ``n{k}``       module buffers (BatchNorm statistics)
-``h{k}.{s}``   slot s: the autograd graph and activations of one batch
+``h{k}.{s}``   slot s: the autograd graph and activations of one batch; in ``"replay"`` its input
 ``a{k}.{p}``   inbox for activations from stage k-1; batch b arrives in half p = b mod 2
 ``e{k}.{p}``   inbox for error signals from stage k+1, likewise
 ``o{k}``       CPU: the stage's latest output, on its way up (CUDA sends it from the slot)
@@ -32,6 +32,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
+from fdg_cuda.backward_weights import BackwardWeights
 from fdg_cuda.schedule import Action, Kind, Schedule
 
 INBOX_HALVES = 2
@@ -82,12 +83,18 @@ class Layout(Protocol):
         """What ``action`` consists of, in an order in which it could run one by one."""
 
 
+def replaying(schedule: Schedule, mode: BackwardWeights) -> set[int]:
+    """The stages whose backward runs the forward again."""
+    return {k for k in range(schedule.stages) if mode.replays(schedule.slots(k))}
+
+
 class CpuLayout:
     """One stream per stage; what a stage sends is handed over by reference."""
 
-    def __init__(self, schedule: Schedule, *, stash: bool) -> None:
+    def __init__(self, schedule: Schedule, mode: BackwardWeights) -> None:
         self._last = schedule.stages - 1
-        self._stash = stash
+        self._stash = mode.copy_per_slot
+        self._replaying = replaying(schedule, mode)
         self.streams = [f"stage {stage}" for stage in range(schedule.stages)]
 
     def stage_of(self, stream: int) -> int:
@@ -128,7 +135,8 @@ class CpuLayout:
             case Kind.BACKWARD:
                 inbox = [f"e{k}.{half}"] if k < last else []
                 outbox = [f"d{k}"] if k > 0 else []
-                return [weights, held, *inbox], [held, f"g{k}", *outbox, *inbox]
+                buffers = [f"n{k}"] if k in self._replaying else []
+                return [weights, held, *inbox], [held, f"g{k}", *buffers, *outbox, *inbox]
             case Kind.SEND_ERROR:
                 return [f"d{k}"], [f"e{k - 1}.{half}"]
             case Kind.UPDATE:
@@ -140,7 +148,7 @@ class CudaLayout:
 
     Args:
         schedule: the rule.
-        stash: whether each slot has its own weight copy.
+        mode: which weights a backward uses.
         staged: per hop (0: between stages 0 and 1, ...) whether it goes through pinned host memory,
             since the two devices cannot reach each other. None: no hop does.
     """
@@ -148,10 +156,11 @@ class CudaLayout:
     STREAMS_PER_STAGE = 3
 
     def __init__(
-        self, schedule: Schedule, *, stash: bool, staged: Sequence[bool] | None = None
+        self, schedule: Schedule, mode: BackwardWeights, *, staged: Sequence[bool] | None = None
     ) -> None:
         self._last = schedule.stages - 1
-        self._stash = stash
+        self._stash = mode.copy_per_slot
+        self._replaying = replaying(schedule, mode)
         self._staged = list(staged) if staged is not None else [False] * (schedule.stages - 1)
         self.streams = [
             f"stage {stage}{lane}"
@@ -228,11 +237,12 @@ class CudaLayout:
             case Kind.BACKWARD:
                 inbox = [f"e{k}.{half}"] if k < last else []
                 outbox = [f"d{k}"] if k > 0 else []
+                buffers = [f"n{k}"] if k in self._replaying else []
                 yield step(
                     action.kind,
                     self.compute(k),
                     [weights, held, *inbox],
-                    [held, f"g{k}", *outbox],
+                    [held, f"g{k}", *buffers, *outbox],
                 )
             case Kind.SEND_ERROR:
                 target = [f"e{k - 1}.{half}"]

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from fdg_cuda.backward_weights import BackwardWeights
 from fdg_cuda.batches import Batch
-from fdg_cuda.chain import warn_of_random_layers
 from fdg_cuda.cpu_pipeline import CpuPipeline, torch_threads
 from fdg_cuda.cpu_stage import CpuStage
 from fdg_cuda.interrupts import Interrupts
@@ -27,12 +27,12 @@ class Machine(ABC):
 
     Args:
         schedule: the rule.
-        stash: whether each slot has its own weight copy.
+        mode: which weights a backward uses.
     """
 
-    def __init__(self, schedule: Schedule, *, stash: bool) -> None:
+    def __init__(self, schedule: Schedule, mode: BackwardWeights) -> None:
         self.schedule = schedule
-        self.stash = stash
+        self.mode = mode
 
     @abstractmethod
     def make_stages(self, parts: Sequence[Sequence[nn.Module]]) -> Sequence[Stage]:
@@ -58,9 +58,6 @@ class Machine(ABC):
     def forward(self, model: nn.Sequential, x: Tensor) -> Tensor:
         """``model``'s output for ``x``, wherever its layers are."""
 
-    def check(self, model: nn.Module) -> None:
-        """Before each ``fit``: say what the caller should know."""
-
 
 class CpuMachine(Machine):
     """Stages that share one processor.
@@ -69,8 +66,10 @@ class CpuMachine(Machine):
         cpu_threads: cores the stages share; None: ``torch.get_num_threads()``.
     """
 
-    def __init__(self, schedule: Schedule, *, stash: bool, cpu_threads: int | None) -> None:
-        super().__init__(schedule, stash=stash)
+    def __init__(
+        self, schedule: Schedule, mode: BackwardWeights, *, cpu_threads: int | None
+    ) -> None:
+        super().__init__(schedule, mode)
         self._cpu_threads = cpu_threads
         self._stages: list[CpuStage] = []
         # For tests: (seed, longest delay in microseconds) put before every action.
@@ -78,7 +77,7 @@ class CpuMachine(Machine):
 
     def make_stages(self, parts: Sequence[Sequence[nn.Module]]) -> Sequence[Stage]:
         self._stages = [
-            CpuStage(k, part, self.schedule.slots(k), stash=self.stash)
+            CpuStage(k, part, self.schedule.slots(k), mode=self.mode, alone=len(parts) == 1)
             for k, part in enumerate(parts)
         ]
         for lower, upper in zip(self._stages, self._stages[1:], strict=False):
@@ -98,7 +97,7 @@ class CpuMachine(Machine):
             loss_fn,
             optimizer,
             threads=self._threads_per_stage(),
-            stash=self.stash,
+            mode=self.mode,
             interrupts=interrupts,
             recorder=recorder,
             delays=self.injected_delays,
@@ -115,10 +114,6 @@ class CpuMachine(Machine):
     def forward(self, model: nn.Sequential, x: Tensor) -> Tensor:
         output: Tensor = model(x)
         return output
-
-    def check(self, model: nn.Module) -> None:
-        if self.schedule.stages > 1:
-            warn_of_random_layers(model)
 
     def _threads_per_stage(self) -> int:
         with torch_threads:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from fdg_cuda.backward_weights import BackwardWeights
 from fdg_cuda.machine import CpuMachine, Machine
 from fdg_cuda.schedule import Schedule
 
@@ -13,8 +14,8 @@ from fdg_cuda.schedule import Schedule
 def make_machine(
     devices: Sequence[torch.device],
     schedule: Schedule,
+    mode: BackwardWeights,
     *,
-    stash: bool,
     cpu_threads: int | None,
     graphs: str | bool,
 ) -> Machine:
@@ -29,14 +30,14 @@ def make_machine(
                 "graphs=True asks for CUDA graphs, but the devices are CPUs; leave graphs out, or name "
                 "CUDA devices"
             )
-        return CpuMachine(schedule, stash=stash, cpu_threads=cpu_threads)
+        return CpuMachine(schedule, mode, cpu_threads=cpu_threads)
     if cpu_threads is not None:
         raise ValueError(
             "cpu_threads is for stages on the CPU, but these devices are CUDA ones; leave it out"
         )
     from fdg_cuda.cuda_machine import CudaMachine
 
-    return CudaMachine(schedule, [device.index for device in devices], stash=stash, graphs=graphs)
+    return CudaMachine(schedule, mode, [device.index for device in devices], graphs=graphs)
 
 
 def check_options(graphs: object, cpu_threads: object) -> None:

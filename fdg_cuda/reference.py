@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 METHODS = ("fdg", "ddg", "bp")
-BACKWARD_WEIGHTS = ("stash", "current")
+BACKWARD_WEIGHTS = ("stash", "current", "replay")
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 
@@ -79,6 +79,7 @@ class _Pass:
     leaves: list[Tensor]
     entry: Tensor
     output: Tensor
+    random_state: Tensor  # of torch's global generator before the forward
 
 
 def train(
@@ -120,7 +121,10 @@ def train(
             it receives by it. Not used in ``"bp"``.
         backward_weights: ``"stash"``: the backward uses the weights of the forward (FDG eq. 7).
             ``"current"``: the activations are stale, the weights are the newest, as when updates
-            are in place (what FDG's authors' program did).
+            are in place (what FDG's authors' program did). ``"replay"``: activations and weights are
+            the newest: the stage's recorded input goes through it again (Features Replay: Huo, Gu and
+            Huang, "Training Neural Networks Using Features Replay", NeurIPS 2018), with the random
+            numbers of its forward, and buffers stay as the forward left them.
         record_gradients: fill ``gradients`` of the result.
 
     Raises:
@@ -158,6 +162,14 @@ def train(
                 for stage, way in zip(chain, passes, strict=True):
                     for leaf, newest in zip(way.leaves, stage.weights[b], strict=True):
                         leaf.data.copy_(newest)
+            elif backward_weights == "replay":
+                # With f(k, b) = b the newest weights are those of the forward.
+                passes = [
+                    way if version == b else _again(stage, k, way, stage.weights[b])
+                    for k, (stage, way, version) in enumerate(
+                        zip(chain, passes, versions, strict=True)
+                    )
+                ]
             gradients = _backward(passes, loss, factor)
 
             rate = float(lr(start + b) if callable(lr) else lr)
@@ -192,23 +204,42 @@ def _forward(chain: Sequence[_Stage], versions: Sequence[int], inputs: Tensor) -
     passes: list[_Pass] = []
     signal = inputs
     for k, (stage, version) in enumerate(zip(chain, versions, strict=True)):
-        leaves = [w.clone().requires_grad_() for w in stage.weights[version]]
         entry = signal.detach()
         if k > 0:
             entry.requires_grad_()
-        # A copy goes in, or a stage starting with an in-place layer would spoil its neighbour's
-        # output and the caller's batch.
-        named = dict(zip(stage.names, leaves, strict=True))
-        # A module met twice would be exchanged twice and left with the exchanged weights.
-        modules = [id(m) for _, m in stage.module.named_modules(remove_duplicate=False)]
-        output = torch.func.functional_call(
-            stage.module, named, (entry.clone(),), tie_weights=len(set(modules)) == len(modules)
-        )
-        if not isinstance(output, Tensor) or not output.is_floating_point():
-            raise TypeError(f"stage {k} must return one tensor of floating-point numbers")
-        passes.append(_Pass(leaves, entry, output))
-        signal = output
+        passes.append(_through(stage, k, entry, stage.weights[version]))
+        signal = passes[-1].output
     return passes
+
+
+def _through(stage: _Stage, k: int, entry: Tensor, weights: Sequence[Tensor]) -> _Pass:
+    """Take ``entry`` through stage ``k`` with copies of ``weights``."""
+    random_state = torch.get_rng_state()
+    leaves = [w.clone().requires_grad_() for w in weights]
+    # A copy goes in, or a stage starting with an in-place layer would spoil its neighbour's
+    # output and the caller's batch.
+    named = dict(zip(stage.names, leaves, strict=True))
+    # A module met twice would be exchanged twice and left with the exchanged weights.
+    modules = [id(m) for _, m in stage.module.named_modules(remove_duplicate=False)]
+    output = torch.func.functional_call(
+        stage.module, named, (entry.clone(),), tie_weights=len(set(modules)) == len(modules)
+    )
+    if not isinstance(output, Tensor) or not output.is_floating_point():
+        raise TypeError(f"stage {k} must return one tensor of floating-point numbers")
+    return _Pass(leaves, entry, output, random_state)
+
+
+def _again(stage: _Stage, k: int, way: _Pass, weights: Sequence[Tensor]) -> _Pass:
+    """Take the input of ``way`` through stage ``k`` again, with ``weights`` and the random numbers
+    of back then; leaves the global generator and the stage's buffers as they are."""
+    random_state = torch.get_rng_state()
+    moved = [(b, b.clone()) for b in stage.module.buffers()]
+    torch.set_rng_state(way.random_state)
+    again = _through(stage, k, way.entry, weights)
+    torch.set_rng_state(random_state)
+    for buffer, value in moved:
+        buffer.data.copy_(value)
+    return again
 
 
 def _backward(passes: Sequence[_Pass], loss: Tensor, factor: float) -> list[list[Tensor | None]]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fdg_cuda._core import fit_begins, fit_ends
+from fdg_cuda.backward_weights import BackwardWeights
 from fdg_cuda.batches import Batches, Loader
 from fdg_cuda.callbacks import Callback, FunctionCallback, check_callbacks
 from fdg_cuda.chain import (
@@ -49,7 +50,7 @@ from fdg_cuda.training_state import Parts, TrainingState
 
 logger = logging.getLogger("fdg_cuda")
 
-BACKWARD_WEIGHTS = ("stash", "current")
+BACKWARD_WEIGHTS = tuple(mode.value for mode in BackwardWeights)
 
 
 class FDGRunner:
@@ -68,15 +69,20 @@ class FDGRunner:
         beta: shrinking factor in (0, 1]: stage k's gradients carry ``beta ** (K-1-k)``; not in
             ``"bp"``.
         backward_weights: ``"stash"``: a batch's backward uses the weights of its forward (FDG, eq. 7);
-            ``"current"``: those of the moment, which takes one weight copy per stage.
+            ``"current"``: those of the moment, which takes one weight copy per stage; ``"replay"``:
+            those of the moment too, but the forward is run again with them (Features Replay), so that
+            of a batch in flight a stage keeps its input instead of all activations. Stages without
+            delay (the last one; all in ``"bp"``) need not.
         cpu_threads: cores that CPU stages share; default ``torch.get_num_threads()``. Each stage
             computes with ``cpu_threads // K`` of them, at least 1; ``"bp"``, whose stages take turns,
             with all.
         graphs: on CUDA devices, whether stages run as captured graphs: ``"auto"``: those that can be
             captured, ``True``: all, or an error; ``False``: none.
 
-    The same seed gives the same bits on every run, however the stages' threads interleave, for
-    models that draw no random numbers in their forward.
+    The same seed gives the same bits on every run, however the stages' threads interleave. CPU stages
+    draw their random numbers (dropout) from generators of their own (``stage.generator``), seeded from
+    ``torch.initial_seed()`` and the stage's number; torch's own is left alone. That of a single stage
+    begins where torch's own stands, as in plain training.
 
     Attributes:
         optimizer: ``param_groups`` that any ``torch.optim.lr_scheduler`` can drive.
@@ -123,7 +129,7 @@ class FDGRunner:
         self._machine = make_machine(
             self._devices,
             self._schedule,
-            stash=backward_weights == "stash",
+            BackwardWeights(backward_weights),
             cpu_threads=cpu_threads,
             graphs=graphs,
         )
@@ -393,7 +399,6 @@ class FDGRunner:
         check_unchanged(self._model, self._layers)
         check_parameters(self._model, on_cpu=self._devices[0].type == "cpu")
         check_shared(self._model, [stage.layers for stage in self._stages])
-        self._machine.check(self._model)
 
     def _balance(self, batches: Batches) -> None:
         if self._stages:

@@ -66,7 +66,7 @@ class Settings:
         "stash",
         SPLIT,
         "stash: a batch's backward uses the weights of its forward; current: those of the moment, "
-        "which takes less memory.",
+        "with one weight copy; replay: likewise, and activations are computed again instead of kept.",
     )
     lr: float = option(0.1, OPTIMIZER, "Learning rate.")
     momentum: float = option(0.9, OPTIMIZER, "Momentum.")

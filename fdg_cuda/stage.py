@@ -7,7 +7,7 @@ subclasses: :mod:`fdg_cuda.cpu_stage` and :mod:`fdg_cuda.cuda_stage`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,11 +15,14 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fdg_cuda._core import Work
+from fdg_cuda.backward_weights import BackwardWeights
 from fdg_cuda.buffers import SavedBuffers
 from fdg_cuda.chain import check_output
 from fdg_cuda.errors import AliasedParameterError, said_where
 from fdg_cuda.flat import FlatMemory
 from fdg_cuda.layout import Step
+from fdg_cuda.parameter_sites import ParameterSites, graph_leaves
+from fdg_cuda.randomness import RandomState
 
 # Gives (output, batch) of the last stage to whoever computes the loss; returns the scalar loss.
 LossOfBatch = Callable[[Tensor, int], Tensor]
@@ -31,6 +34,7 @@ class Slot:
 
     input: Tensor | None = None  # the leaf whose gradient is the error signal for the stage below
     root: Tensor | None = None  # the stage's output; at the last stage the loss
+    random_state: RandomState = ()  # with which the forward began, if it will be run again
 
 
 @dataclass(frozen=True)
@@ -42,46 +46,6 @@ class Snapshot:
     buffers: SavedBuffers
 
 
-class _ParameterSites:
-    """Where the layers keep their trainable parameters, so that a slot's own can be put there."""
-
-    def __init__(self, layers: Sequence[nn.Module], parameters: Sequence[nn.Parameter]) -> None:
-        numbers = {id(parameter): i for i, parameter in enumerate(parameters)}
-        self._sites: list[tuple[nn.Module, str, int, bool]] = []
-        for module in {id(m): m for layer in layers for m in layer.modules()}.values():
-            # Recurrent layers keep a second list of their weights up to date in __setattr__.
-            observed = type(module).__setattr__ is not nn.Module.__setattr__
-            for name, parameter in module._parameters.items():
-                if id(parameter) in numbers:
-                    self._sites.append((module, name, numbers[id(parameter)], observed))
-        self._installed: Sequence[nn.Parameter] | None = None
-
-    def install(self, parameters: Sequence[nn.Parameter]) -> None:
-        if parameters is self._installed:
-            return
-        for module, name, number, observed in self._sites:
-            if observed:
-                setattr(module, name, parameters[number])
-            else:
-                module._parameters[name] = parameters[number]
-        self._installed = parameters
-
-
-def graph_leaves(root: Tensor) -> Iterator[Tensor]:
-    """The leaf tensors into which a backward from ``root`` would put gradients."""
-    if root.grad_fn is None and root.requires_grad:
-        yield root
-    todo, seen = [root.grad_fn], set()
-    while todo:
-        node = todo.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            yield node.variable
-        todo.extend(following for following, _ in node.next_functions)
-
-
 class Stage(ABC):
     """Stage ``index`` of a runner. Its work is enqueued or run one action at a time.
 
@@ -89,7 +53,7 @@ class Stage(ABC):
         index: the stage's number.
         layers: its part of the chain.
         slots: batches it holds at once.
-        stash: whether each slot has its own weight copy.
+        mode: which weights a backward uses.
         device: where its parameters, activations and gradients lie.
     """
 
@@ -99,17 +63,18 @@ class Stage(ABC):
         layers: Sequence[nn.Module],
         slots: int,
         *,
-        stash: bool,
+        mode: BackwardWeights,
         device: torch.device,
     ) -> None:
         self.index = index
         self.layers = list(layers)
         self.device = device
         self._slots = [Slot() for _ in range(slots)]
-        self._stash = stash
-        self._copies = slots if stash else 1
+        self._stash = mode.copy_per_slot
+        self._copies = slots if self._stash else 1
+        self._replays = mode.replays(slots)
         self.memory = self._lay_out()
-        self._sites = _ParameterSites(self.layers, self.memory.parameters)
+        self._sites = ParameterSites(self.layers, self.memory.parameters)
         self._momentum = WeakTensorKeyDictionary()
         self._input_changed_in_place: bool | None = None
         self._leaves_checked = False
@@ -127,7 +92,7 @@ class Stage(ABC):
             self.memory = self._lay_out()
             self.memory.recall_momentum(self._momentum)
         # Anew each time: a layer may keep a parameter elsewhere than before (parametrizations).
-        self._sites = _ParameterSites(self.layers, self.memory.parameters)
+        self._sites = ParameterSites(self.layers, self.memory.parameters)
         self._input_changed_in_place = None
 
     def end_fit(self) -> None:
@@ -160,6 +125,7 @@ class Stage(ABC):
         self.memory.release_gradients()
         for slot in self._slots:
             slot.input = slot.root = None
+            slot.random_state = ()
 
     def snapshot(self) -> Snapshot:
         """Copies of the newest weights, the momentum and the modules' buffers."""
@@ -189,6 +155,14 @@ class Stage(ABC):
         return list(unique.values())
 
     # -- for the subclasses ---------------------------------------------------------------------
+
+    @abstractmethod
+    def random_state(self) -> RandomState:
+        """Where the generators that the stage's layers draw from stand. In its own turn only."""
+
+    @abstractmethod
+    def set_random_state(self, state: RandomState) -> None:
+        """Go on from ``state``, which :meth:`random_state` gave."""
 
     @abstractmethod
     def work(self, step: Step) -> Callable[[int], None] | Work | None:
@@ -227,12 +201,32 @@ class Stage(ABC):
         leaf = self._take_input(batch)
         held = self._slots[slot]
         held.input = leaf
-        held.root, output = self._compute(leaf, batch)
+        if self._replays:
+            held.random_state = self.random_state()
+            with torch.no_grad():
+                _, output = self._compute(leaf, batch)
+        else:
+            held.root, output = self._compute(leaf, batch)
         if not self.is_last:
             self._pass_up(slot, batch, output)
-        if not self._leaves_checked:
-            self._check_leaves(held.root, leaf, copy)
-            self._leaves_checked = True
+        if held.root is not None:
+            self._check_leaves_once(held.root, leaf, copy)
+
+    def _forward_again(
+        self, leaf: Tensor, copy: int, batch: int, random_state: RandomState
+    ) -> Tensor:
+        """The graph of a batch that was forwarded without one: with the weights of the moment, but
+        the random numbers of its forward. Buffers stay as they are: they moved back then.
+        """
+        buffers, present = SavedBuffers(self.layers), self.random_state()
+        self.set_random_state(random_state)
+        try:
+            root, _ = self._compute(leaf, batch)
+        finally:
+            self.set_random_state(present)
+            buffers.restore()
+        self._check_leaves_once(root, leaf, copy)
+        return root
 
     def _compute(self, leaf: Tensor, batch: int) -> tuple[Tensor, Tensor]:
         """What a backward starts from (at the last stage the loss), and the stage's output."""
@@ -265,19 +259,21 @@ class Stage(ABC):
 
     def _backward(self, slot: int, copy: int, batch: int, row: int = 0) -> None:
         held = self._slots[slot]
-        leaf, root = held.input, held.root
+        leaf, root, random_state = held.input, held.root, held.random_state
         held.input = held.root = None
+        held.random_state = ()
         # Activation checkpointing runs layers again in the backward, with this batch's weights.
         self._sites.install(self.memory.leaves[copy])
         error = None if self.is_last else self._take_error(batch)
         # Without an error signal the stages above do not depend on this one: nothing to do, as in
         # a plain backward.
         if self.is_last or error is not None:
-            assert root is not None
-            if root.requires_grad:
-                with said_where(
-                    f"the backward of batch {self._first_batch + batch} at stage {self.index}"
-                ):
+            with said_where(f"the backward of {self._named(batch)}"):
+                if self._replays:
+                    assert leaf is not None
+                    root = self._forward_again(leaf, copy, batch, random_state)
+                assert root is not None
+                if root.requires_grad:
                     torch.autograd.backward([root], [error])
         self.memory.collect_gradients(copy, row)
         if not self.is_first:
@@ -286,6 +282,11 @@ class Stage(ABC):
     def _named(self, batch: int) -> str:
         """``batch`` of the segment, for people."""
         return f"batch {self._first_batch + batch} at stage {self.index}"
+
+    def _check_leaves_once(self, root: Tensor, leaf: Tensor, copy: int) -> None:
+        if not self._leaves_checked:
+            self._check_leaves(root, leaf, copy)
+            self._leaves_checked = True
 
     def _check_leaves(self, root: Tensor, leaf: Tensor, copy: int) -> None:
         """Refuse what would get a gradient and never be trained."""

@@ -91,6 +91,8 @@ class TrainingState:
         for stage in parts.stages():
             for parameter, momentum in stage.memory.momentum_of_parameters():
                 tensors[f"optimizer.{names[id(parameter)]}.momentum"] = momentum
+            for number, each in enumerate(stage.random_state()):
+                tensors[f"random.stage{stage.index}.{number}"] = each
         self._add_random(tensors, "now", self._random_states())
         loader = self._loader_state()
         if epoch.batches and self._epoch_start is not None:
@@ -164,6 +166,8 @@ class TrainingState:
         for stage in parts.stages():
             for parameter, momentum in stage.memory.momentum_of_parameters():
                 momentum.copy_(tensors[f"optimizer.{names[id(parameter)]}.momentum"])
+            own = _under(f"random.stage{stage.index}.", tensors)
+            stage.set_random_state(tuple(own[str(number)] for number in range(len(own))))
         _load_groups(parts.optimizer, state["param_groups"])
         if parts.lr_scheduler is not None:
             parts.lr_scheduler.load_state_dict(from_plain(state["lr_scheduler"]["state"]))

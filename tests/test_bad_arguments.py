@@ -174,7 +174,7 @@ def test_second_parameter_group() -> None:
 
 @pytest.mark.parametrize("option", ["method", "backward_weights"])
 def test_unknown_choice(option: str) -> None:
-    known = {"method": METHODS, "backward_weights": ("stash", "current")}[option]
+    known = {"method": METHODS, "backward_weights": ("stash", "current", "replay")}[option]
     with refused(ValueError, option, "'gpipe'", *known):
         runner_of(chain(), **{option: "gpipe"})
 

@@ -34,7 +34,7 @@ from fdg_cuda.settings import Settings
         ("--split 4", "between 1 and 3"),
         ("--split 1,2", "name 1 of the layers"),
         ("--method gpipe", "fdg, ddg, bp"),
-        ("--backward-weights old", "stash, current"),
+        ("--backward-weights old", "stash, current, replay"),
         ("--lr -1", "0 or more"),
         ("--lr-decay 0", "above 0"),
         ("--nesterov --momentum 0", "momentum above 0"),
@@ -113,6 +113,7 @@ def test_every_setting_is_an_option_under_its_heading(
         (line,) = (line for line in panel.splitlines() if f" {entry.flag} " in line)
         assert entry.help in line
         default = entry.auto or (entry.shown and f"({entry.shown})") or entry.default
+        default = entry.flag[2:] if default is True else default
         assert (default in (None, False)) or f"[default: {default}]" in line
 
 

@@ -101,15 +101,18 @@ def test_the_default_folder_tells_what_was_trained(run_cli: Cli, tmp_path: Path)
 # -- how a run can end ----------------------------------------------------------------------------
 
 
-def test_ctrl_c_writes_what_there_is(tmp_path: Path) -> None:
-    process = start(f"{MLP} --epochs 100000 --out out", tmp_path)
+@pytest.mark.parametrize(
+    ("more", "code", "word"), [("", 0, "SIGINT: stopped"), ("--no-checkpoints", 130, "interrupted")]
+)
+def test_ctrl_c_writes_what_there_is(tmp_path: Path, more: str, code: int, word: str) -> None:
+    process = start(f"{MLP} --epochs 100000 --out out {more}", tmp_path)
     assert process.stdout is not None
     assert process.stdout.readline().startswith("epoch")
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == code
     assert "Traceback" not in errors
-    assert "interrupted" in errors
+    assert word in errors
     assert "written" in output
     check_files(tmp_path / "out", "mlp")
     rows = metrics(tmp_path / "out")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import product
 
 import pytest
 import torch
@@ -25,8 +26,10 @@ def run(
     return runner.state_dict(), history.batch_losses
 
 
-@pytest.mark.parametrize("backward_weights", ["stash", "current"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "backward_weights"),
+    [*product(METHODS, ["stash", "current"]), ("fdg", "replay"), ("ddg", "replay")],
+)
 @pytest.mark.parametrize("stages", [2, 3, 4, 8])
 def test_injected_delays_change_no_bit(method: str, stages: int, backward_weights: str) -> None:
     model = mlp()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fdg_cuda._core import Operation, OperationKind, Scheduler, check_happens_before
+from fdg_cuda.backward_weights import BackwardWeights
 from fdg_cuda.layout import CpuLayout, CudaLayout, Layout
 from fdg_cuda.program import NoWork, Program
 from fdg_cuda.schedule import METHODS, Schedule
@@ -14,20 +15,25 @@ BRINGERS = {"F": ("A", "RA"), "B": ("E", "RE")}
 LAYOUTS = ("cpu", "cuda", "cuda staged", "cuda mixed")
 
 
-def make_layout(name: str, schedule: Schedule, *, stash: bool) -> Layout:
+def make_layout(name: str, schedule: Schedule, mode: BackwardWeights) -> Layout:
     if name == "cpu":
-        return CpuLayout(schedule, stash=stash)
+        return CpuLayout(schedule, mode)
     hops = range(schedule.stages - 1)
     staged = [name == "cuda staged" or (name == "cuda mixed" and hop % 2 == 0) for hop in hops]
-    return CudaLayout(schedule, stash=stash, staged=staged)
+    return CudaLayout(schedule, mode, staged=staged)
 
 
 def enqueue(
-    method: str, stages: int, batches: int, *, layout: str = "cpu", stash: bool = True
+    method: str,
+    stages: int,
+    batches: int,
+    *,
+    layout: str = "cpu",
+    mode: BackwardWeights = BackwardWeights.STASH,
 ) -> list[Operation]:
     """The whole program of two epochs."""
     schedule = Schedule(method, stages)
-    plan = make_layout(layout, schedule, stash=stash)
+    plan = make_layout(layout, schedule, mode)
     scheduler = Scheduler("trace", plan.streams)
     program = Program(schedule, plan, scheduler, [NoWork() for _ in range(stages)])
     for _ in range(2):
@@ -43,14 +49,14 @@ def batches_to_wrap(stages: int) -> int:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("stash", [True, False], ids=["stash", "current"])
+@pytest.mark.parametrize("mode", BackwardWeights, ids=lambda mode: mode.value)
 @pytest.mark.parametrize("stages", range(1, 9))
 @pytest.mark.parametrize("method", METHODS)
 def test_every_conflict_is_ordered_and_nothing_deadlocks(
-    method: str, stages: int, stash: bool, layout: str
+    method: str, stages: int, mode: BackwardWeights, layout: str
 ) -> None:
     for batches in (1, 2, batches_to_wrap(stages)):
-        report = check_happens_before(enqueue(method, stages, batches, layout=layout, stash=stash))
+        report = check_happens_before(enqueue(method, stages, batches, layout=layout, mode=mode))
         assert report.races == []
         assert report.deadlocks == []
 

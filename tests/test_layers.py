@@ -99,7 +99,7 @@ def in_place(first: list[nn.Module]) -> nn.Sequential:
     return nn.Sequential(*layers).double()
 
 
-@pytest.mark.parametrize("backward_weights", ["stash", "current"])
+@pytest.mark.parametrize("backward_weights", ["stash", "current", "replay"])
 @pytest.mark.parametrize("method", METHODS)
 def test_in_place_layer_behind_a_cut(method: str, backward_weights: str) -> None:
     data = batches(6)
@@ -214,9 +214,11 @@ def test_wrapped_recurrent_layer(kind: type[nn.RNNBase], method: str) -> None:
 
 
 @pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
+@pytest.mark.parametrize("mode", ["stash", "replay"])
 @pytest.mark.parametrize("method", METHODS)
-def test_checkpointed_layer(method: str, reentrant: bool) -> None:
-    """Its backward runs the forward again, which must find the weights of the batch's forward."""
+def test_checkpointed_layer(method: str, mode: str, reentrant: bool) -> None:
+    """Its backward runs the forward again, which must find the weights of the batch's forward (or of
+    the moment)."""
 
     class Block(nn.Module):
         def __init__(self, checkpointed: bool) -> None:
@@ -231,8 +233,9 @@ def test_checkpointed_layer(method: str, reentrant: bool) -> None:
 
     plain, model = chain(inner=[Block(False)]), chain(inner=[Block(True)])
     plain.load_state_dict(model.state_dict())
-    expected, _ = oracle(plain, [3], batches(6), lr=0.1, method=method)
-    runner_of(model, split=[3], lr=0.1, method=method).fit(batches(6))
+    options = {"lr": 0.1, "method": method, "backward_weights": mode}
+    expected, _ = oracle(plain, [3], batches(6), **options)
+    runner_of(model, split=[3], **options).fit(batches(6))
     assert largest_difference(model.state_dict(), expected) < TOLERANCE
 
 

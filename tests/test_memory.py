@@ -17,7 +17,7 @@ from fdg_cuda.schedule import METHODS
 
 @pytest.mark.parametrize("stages", [1, 2, 3, 4])
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("mode", ["stash", "current"])
+@pytest.mark.parametrize("mode", ["stash", "current", "replay"])
 def test_weight_copies_and_batches_in_flight(mode: str, method: str, stages: int) -> None:
     runner = FDGRunner(
         mlp(),
@@ -62,7 +62,7 @@ def resident_bytes() -> int:
     return pages * resource.getpagesize()
 
 
-@pytest.mark.parametrize("mode", ["stash", "current"])
+@pytest.mark.parametrize("mode", ["stash", "replay"])
 def test_memory_is_flat_over_two_thousand_ticks(mode: str) -> None:
     runner = FDGRunner(mlp(), ["cpu"] * 3, split=[2, 5], backward_weights=mode, lr=0.001)
     sizes: list[int] = []

@@ -16,7 +16,7 @@ from fdg_cuda.schedule import METHODS
 pytestmark = pytest.mark.usefixtures("one_torch_thread", "seeded", "no_thread_left")
 
 
-@pytest.mark.parametrize("backward_weights", ["stash", "current"])
+@pytest.mark.parametrize("backward_weights", ["stash", "current", "replay"])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("split", [[2, 5], [3, 5], [4, 6]], ids=["first", "middle", "last"])
 def test_stage_without_parameters(split: list[int], method: str, backward_weights: str) -> None:

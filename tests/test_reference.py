@@ -608,7 +608,7 @@ def test_in_place_layers_evaluation_mode_and_inputs_are_respected() -> None:
     ("options", "message"),
     [
         ({"method": "gpipe"}, "method must be one of"),
-        ({"backward_weights": "replay"}, "backward_weights must be one of"),
+        ({"backward_weights": "old"}, "backward_weights must be one of"),
         ({"epochs": 0}, "epochs"),
         ({"lr": -0.1}, "lr"),
         ({"lr": lambda number: math.nan}, "batch 0"),

@@ -70,7 +70,7 @@ def test_layer_replaced_between_fits_is_not_passed_over() -> None:
     assert not same_bits(state(model[7]), before)
 
 
-@pytest.mark.parametrize("backward_weights", ["stash", "current"])
+@pytest.mark.parametrize("backward_weights", ["stash", "current", "replay"])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("stages", [1, 2, 3])
 def test_two_fits_of_one_epoch_equal_one_of_two(

@@ -177,7 +177,12 @@ def test_schedulers_go_on(
         assert same_bits(everything(*resumed), expected)
 
 
-def test_hidden_buffers_go_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("stages", "backward_weights"), [(1, "stash"), (2, "stash"), (3, "replay")]
+)
+def test_dropout_and_hidden_buffers_go_on(
+    tmp_path: Path, stages: int, backward_weights: str
+) -> None:
     class Counter(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -189,14 +194,17 @@ def test_hidden_buffers_go_on(tmp_path: Path) -> None:
             return x * (1 + 0.01 * self.batches)
 
     def model() -> nn.Sequential:
-        return nn.Sequential(*list(mlp())[:-1], Counter(), mlp()[-1])
+        dropouts = [nn.Dropout(0.3), nn.Dropout(0.2)]
+        first, *others = mlp()
+        return nn.Sequential(first, dropouts[0], *others[:-1], dropouts[1], Counter(), others[-1])
 
-    expected = everything(*a_run(tmp_path / "unbroken", stages=1, model=model))
-    with pytest.raises(CrashError):
-        a_run(tmp_path / "run", stages=1, model=model, crash=11)
-    assert same_bits(
-        everything(*a_run(tmp_path / "run", stages=1, model=model, resume=True)), expected
-    )
+    options = {"stages": stages, "backward_weights": backward_weights, "model": model}
+    expected = everything(*a_run(tmp_path / "unbroken", **options))
+    for crash in (5, 11):
+        with pytest.raises(CrashError):
+            a_run(tmp_path / str(crash), crash=crash, **options)
+        resumed = a_run(tmp_path / str(crash), resume=True, **options)
+        assert same_bits(everything(*resumed), expected)
 
 
 def test_callbacks_have_their_state_back(tmp_path: Path) -> None:

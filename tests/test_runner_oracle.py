@@ -28,7 +28,7 @@ TOLERANCE = 1e-10
 
 
 @pytest.mark.parametrize("nesterov", [False, True], ids=["plain", "nesterov"])
-@pytest.mark.parametrize("backward_weights", ["stash", "current"])
+@pytest.mark.parametrize("backward_weights", ["stash", "current", "replay"])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("stages", [1, 2, 3, 4])
 def test_runner_agrees_with_the_oracle(
@@ -66,7 +66,7 @@ def chain(draw: st.DrawFn) -> tuple[nn.Sequential, list[int]]:
     last=st.integers(2, 8),
     epochs=st.integers(1, 3),
     method=st.sampled_from(METHODS),
-    backward_weights=st.sampled_from(["stash", "current"]),
+    backward_weights=st.sampled_from(["stash", "current", "replay"]),
     nesterov=st.booleans(),
     momentum=st.sampled_from([0.5, 0.9]),
     weight_decay=st.sampled_from([0.0, 1e-2]),
@@ -105,7 +105,7 @@ class OneTickLateForward(Schedule):
     [(OneTickLate, "fdg"), (OneTickLate, "ddg"), (OneTickLateForward, "fdg")],
 )
 @pytest.mark.parametrize("stages", [2, 3, 4])
-@pytest.mark.parametrize("backward_weights", ["stash", "current"])
+@pytest.mark.parametrize("backward_weights", ["stash", "current", "replay"])
 def test_a_rule_broken_by_one_tick_disagrees(
     broken: type[Schedule],
     method: str,

@@ -22,6 +22,7 @@ SET = {
     "threads": 3,
     "channels_last": False,
     "out": "a b",
+    "checkpoint_every": 50,
 }
 
 

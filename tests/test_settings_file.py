@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from commands import MLP, Cli, metrics
 
+from fdg_cuda.cli_settings import Given
 from fdg_cuda.settings import Settings
 
 WANTED = Settings(
@@ -130,8 +131,8 @@ def prepared(monkeypatch: pytest.MonkeyPatch) -> list[Settings]:
     """The settings with which training would begin, which it does not."""
     seen: list[Settings] = []
 
-    def prepare(settings: Settings) -> None:
-        seen.append(settings)
+    def prepare(given: Given) -> None:
+        seen.append(given.settings())
         raise ValueError("enough")
 
     monkeypatch.setattr("fdg_cuda.cli._prepare", prepare)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fdg_cuda import FDGRunner, _core
 from fdg_cuda.accelerator import accelerator
+from fdg_cuda.backward_weights import BackwardWeights
 from fdg_cuda.cuda_pipeline import CudaPipeline
 from fdg_cuda.cuda_stage import CudaStage
 from fdg_cuda.layout import CudaLayout, Step, Transfer
@@ -283,7 +284,7 @@ def test_the_tables_name_every_declared_access_that_streams_share(staged: bool) 
 
     declared = set()
     schedule = Schedule("fdg", 3)
-    layout = CudaLayout(schedule, stash=True, staged=[staged] * 2)
+    layout = CudaLayout(schedule, BackwardWeights.STASH, staged=[staged] * 2)
     for tick in range(20):
         for action in schedule.tick(tick, None):
             for step in layout.steps(action):
