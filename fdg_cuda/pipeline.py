@@ -29,6 +29,7 @@ from fdg_cuda.timeline import Lane
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 MAX_TICKS_IN_FLIGHT = 4
+SHORTEST_WAIT = 1e-4  # seconds for a batch; below it asking the devices would take as long
 
 
 class Pipeline(ABC):
@@ -208,8 +209,9 @@ class Pipeline(ABC):
     def _read(self, batches: Iterator[Batch]) -> Batch | None:
         began = time.perf_counter()
         batch = next(batches, None)
-        if self._entered and self._scheduler.ticks_in_flight == 0:
-            self.data_seconds += time.perf_counter() - began
+        waited = time.perf_counter() - began
+        if waited > SHORTEST_WAIT and self._entered and self._scheduler.ticks_in_flight == 0:
+            self.data_seconds += waited
         return batch
 
     def _enter(self, number: int, batch: Batch) -> None:
