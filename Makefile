@@ -36,6 +36,7 @@ lint: $(VENV)/developer ## ruff, clang-format, mypy, and the stub against the ex
 bench: $(VENV)/developer ## every benchmark; writes benchmarks/results (a quiet machine, 40 minutes)
 	$(BIN)/python -m benchmarks.training_step
 	$(BIN)/python -m pytest benchmarks --benchmark-json benchmarks/results/micro.json
+	$(BIN)/python -m benchmarks.overhead
 	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.learning
 	$(BIN)/python -m benchmarks.tables

@@ -98,6 +98,30 @@ def micro() -> list[str]:
     ]
 
 
+def overhead() -> list[str]:
+    results = load("overhead")
+    heading = "**Metrics, progress, checkpoints and validation** (medians; ratios within a round)"
+    if results is None:
+        return [heading, "", NOT_MEASURED, ""]
+    s = results["settings"]
+    milliseconds = [
+        [name, spread({key: 1e3 * q[key] for key in ("median", "q1", "q3")}, 1)]
+        for name, q in results["seconds_per_batch"].items()
+    ]
+    ratios = [[f"{r['of']} / {r['to']}", spread(r, 3), goal_of(r)] for r in results["ratios"]]
+    case = (
+        f"{s['model']}, K = {s['stages']}, batch {s['batch_size']}, {s['batches']} batches, a "
+        f"checkpoint every {s['every']}, {s['validation_batches']} to validate"
+    )
+    return [
+        heading,
+        "",
+        *table([case, "milliseconds per batch"], milliseconds),
+        *table(["ratio", "measured", "goal"], ratios),
+        *origin(results),
+    ]
+
+
 def learning() -> list[str]:
     results = load("learning")
     heading = "**Learning**"
@@ -209,7 +233,7 @@ def gpu_learning() -> list[str]:
 
 
 def generated() -> str:
-    lines = [*training_step(), *micro(), *learning(), *memory(), *gpu()]
+    lines = [*training_step(), *micro(), *overhead(), *learning(), *memory(), *gpu()]
     return "\n".join([BEGIN, "", *lines, END])
 
 

@@ -272,8 +272,13 @@ PYBIND11_MODULE(_core, m) {
           "record_spans", [](PyScheduler& self, bool on) { self.open()->record_spans(on); },
           py::arg("on"))
       .def("take_spans", &PyScheduler::take_spans)
+      .def("busy_seconds", [](PyScheduler& self) { return self.open()->busy_seconds(); })
       .def_property_readonly("ticks_in_flight",
-                             [](PyScheduler& self) { return self.open()->ticks_in_flight(); })
+                             [](PyScheduler& self) {
+                               const auto scheduler = self.open();
+                               scheduler->retire();
+                               return scheduler->ticks_in_flight();
+                             })
       .def_property_readonly("buffer_names",
                              [](PyScheduler& self) { return self.open()->buffer_names(); })
       .def("operations", [](const PyScheduler& self) { return self.log()->operations; });

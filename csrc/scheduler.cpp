@@ -135,6 +135,11 @@ bool Scheduler::wait_for_room(std::chrono::milliseconds timeout) {
   return true;
 }
 
+void Scheduler::retire() {
+  while (ticks_in_flight() > 0 && wait_oldest(std::chrono::milliseconds(0))) {
+  }
+}
+
 bool Scheduler::drain(std::chrono::milliseconds timeout) {
   while (ticks_in_flight() > 0)
     if (!wait_oldest(timeout)) return false;
@@ -151,6 +156,16 @@ std::vector<Span> Scheduler::take_spans() {
   if (ticks_in_flight() > 0)
     throw std::logic_error("take_spans while ticks are in flight: wait_idle or drain comes first");
   return backend_->take_spans();
+}
+
+std::optional<std::vector<double>> Scheduler::busy_seconds() const {
+  std::vector<double> seconds;
+  for (const auto& stream : streams_) {
+    const auto busy = stream->busy();
+    if (!busy) return std::nullopt;
+    seconds.push_back(std::chrono::duration<double>(*busy).count());
+  }
+  return seconds;
 }
 
 }  // namespace fdg

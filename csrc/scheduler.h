@@ -6,6 +6,7 @@
 #include <chrono>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -40,6 +41,8 @@ class Scheduler {
   bool wait_idle(std::chrono::milliseconds timeout);
   // As wait_idle, but a failure stays where it is.
   bool drain(std::chrono::milliseconds timeout);
+  // Takes the oldest ticks that are done out of those in flight; waits for nothing.
+  void retire();
   // Enqueues; never blocks. Call only when there is room.
   void submit(int tick_id, int64_t tick);
   // Nothing that has not begun will run; what was enqueued drains.
@@ -49,6 +52,10 @@ class Scheduler {
   void record_spans(bool on) { backend_->record_spans(on); }
   // What was measured since the last call. Call only when idle.
   std::vector<Span> take_spans();
+
+  // [stream] seconds its actions were at work since it began, those that have ended; nothing where
+  // the backend does not measure it. Any thread may ask, at any time.
+  std::optional<std::vector<double>> busy_seconds() const;
 
   const std::vector<std::string>& buffer_names() const { return buffer_names_; }
   int64_t ticks_in_flight() const { return submitted_ - finished_; }

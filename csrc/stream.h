@@ -16,6 +16,7 @@
 #include <chrono>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -27,7 +28,7 @@ namespace fdg {
 class Event {
  public:
   virtual ~Event() = default;
-  // False when `timeout` passed first.
+  // False when `timeout` passed first; one of 0 only looks.
   virtual bool wait_host(std::chrono::milliseconds timeout) = 0;
 };
 
@@ -40,6 +41,9 @@ class Stream {
   virtual void flush() = 0;
   // The backend's own handle (cuda: the cudaStream_t), 0 where there is none.
   virtual uintptr_t handle() const { return 0; }
+  // How long its actions were at work, those that have ended; nothing where a backend does not
+  // measure it. Any thread may ask, at any time.
+  virtual std::optional<std::chrono::nanoseconds> busy() const { return std::nullopt; }
 };
 
 class Failure;

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from fdg_cuda.groups import no_decay_on_norm_and_bias
     from fdg_cuda.metrics import BatchResult, EpochResult, Evaluation, History
     from fdg_cuda.runner import FDGRunner
+    from fdg_cuda.shares import Shares
+    from fdg_cuda.tensorboard import TensorBoard
     from fdg_cuda.timeline import Timeline
 
 __version__ = "0.1.0"
@@ -36,6 +38,8 @@ __all__ = [
     "FitStart",
     "History",
     "NonFiniteLossError",
+    "Shares",
+    "TensorBoard",
     "Timeline",
     "TrainingStopped",
     "__version__",
@@ -56,6 +60,8 @@ _MODULES = {
     "FitStart": "fdg_cuda.callbacks",
     "History": "fdg_cuda.metrics",
     "NonFiniteLossError": "fdg_cuda.errors",
+    "Shares": "fdg_cuda.shares",
+    "TensorBoard": "fdg_cuda.tensorboard",
     "Timeline": "fdg_cuda.timeline",
     "TrainingStopped": "fdg_cuda.errors",
     "no_decay_on_norm_and_bias": "fdg_cuda.groups",

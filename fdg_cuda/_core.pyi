@@ -56,10 +56,10 @@ class Scheduler:
     ``devices``: cuda only, the ordinal of every stream's device. ``handles``: cuda only, per stream a
     ``cudaStream_t`` to use, which stays the caller's and must outlive the scheduler, or 0 to make one.
 
-    One Python thread at a time may use it, except for ``cancel`` and ``close``: those may be called
-    by any. What another thread is waiting for then ends with RuntimeError, and the streams' threads
-    soon after; otherwise they have ended when ``close`` returns. All are closed, and their threads
-    joined, before the interpreter ends.
+    One Python thread at a time may use it, except for ``cancel``, ``close`` and ``busy_seconds``, which
+    may be called by any. What another thread is waiting for when it is cancelled or closed ends with
+    RuntimeError, and the streams' threads soon after; otherwise they have ended when ``close``
+    returns. All are closed, and their threads joined, before the interpreter ends.
     """
 
     def __init__(
@@ -99,8 +99,17 @@ class Scheduler:
         Waits until nothing runs, and raises no failure of an action.
         """
 
+    def busy_seconds(self) -> list[float] | None:
+        """Per stream, how long its actions were at work so far, those that have ended.
+
+        Waiting for the GIL is work. Always 0 on ``"trace"``; None on ``"cuda"``, where only spans
+        are measured.
+        """
+
     @property
-    def ticks_in_flight(self) -> int: ...
+    def ticks_in_flight(self) -> int:
+        """Submitted and not finished at this moment."""
+
     @property
     def buffer_names(self) -> list[str]: ...
     def operations(self) -> list[Operation]: ...

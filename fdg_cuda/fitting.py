@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -18,6 +19,7 @@ from fdg_cuda.interrupts import Interrupts
 from fdg_cuda.metrics import EpochResult, History
 from fdg_cuda.optim import DelayedOptimizer
 from fdg_cuda.pipeline import Pipeline
+from fdg_cuda.shares import Shares, Spent
 from fdg_cuda.training_state import TrainingState
 
 logger = logging.getLogger("fdg_cuda")
@@ -76,11 +78,24 @@ class Fit:
         self._epoch_ended = False
         self._stop = False
         self._interrupts = Interrupts(graceful=saver is not None)
-        self.running = False  # not drained
+        # The pipeline at work, and since when.
+        self._segment: tuple[Pipeline, float] | None = None
+        # Of the batches that have entered and are not reported yet.
+        self._learning_rates: deque[tuple[float, ...]] = deque()
 
     def stop(self) -> None:
         """Let no more batches enter; what is under way is finished. Any thread may call it."""
         self._stop = True
+
+    @property
+    def running(self) -> bool:
+        """Whether it is not drained."""
+        return self._segment is not None
+
+    def shares(self) -> Shares | None:
+        """Of the epoch under way so far; None before it has begun. Any thread may ask."""
+        spent, segment = self._epoch.spent, self._segment
+        return (spent if segment is None else spent + _spent(*segment)).shares()
 
     def run(self) -> None:
         """Train.
@@ -155,25 +170,27 @@ class Fit:
                 loss, samples, correct = pipeline.results[reported]
                 reported += 1
                 self._history.batch_losses.append(loss)
-                result = epoch.add(loss, samples, correct)
+                rates = self._learning_rates.popleft()
+                result = epoch.add(loss, samples, correct, rates)
                 for callback in self._callbacks:
                     callback.on_batch_end(result)
 
         def entered() -> None:
+            groups = self._optimizer.param_groups
+            self._learning_rates.append(tuple(float(group["lr"]) for group in groups))
             self._optimizer.step()
             if self._step_batch is not None:
                 self._step_batch()
 
-        began = time.perf_counter()
-        self.running = True
+        self._learning_rates.clear()
+        self._segment = segment = (pipeline, time.perf_counter())
         try:
             pipeline.run_segment(
                 epoch.number, first, self._feed(batches, first), entered=entered, known=report
             )
+            epoch.spent += _spent(*segment)
         finally:
-            self.running = False
-        epoch.seconds += time.perf_counter() - began
-        epoch.data_seconds += pipeline.data_seconds
+            self._segment = None
 
     def _feed(self, batches: Iterator[Batch], first: int) -> Iterator[Batch]:
         """The batches of one segment."""
@@ -198,3 +215,9 @@ class Fit:
         path = None if self._saver is None else self._saver.save(epoch, result)
         if path is not None:
             self._tell("on_checkpoint", path)
+
+
+def _spent(pipeline: Pipeline, began: float) -> Spent:
+    """In the segment that ``pipeline`` trains since ``began``."""
+    busy = pipeline.busy_seconds()  # before the clock is read, so that no share is above 1
+    return Spent(time.perf_counter() - began, pipeline.data_seconds, busy)

@@ -14,14 +14,23 @@ from fdg_cuda.nested import Nested
 
 @dataclass(frozen=True)
 class BatchResult:
-    """One trained batch: mean loss over its samples, and how many of them were classified right
-    (None where the target is no class index per sample)."""
+    """One trained batch.
+
+    Attributes:
+        batch, epoch: counted from 0; the batch within its epoch.
+        loss: mean over its samples.
+        samples: in the batch.
+        correct: how many of them were classified right; None where the target is no class index per
+            sample.
+        learning_rates: with which its updates are made, one per parameter group.
+    """
 
     batch: int
     epoch: int
     loss: float
     samples: int
     correct: int | None
+    learning_rates: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -39,6 +48,8 @@ class EpochResult:
 
     ``data_seconds`` is the part of ``seconds`` in which the loader was waited for and at the end of
     which no stage had anything left to do: above a few percent, the loader holds training up.
+    ``busy`` has a share of ``seconds`` per stage, in [0, 1]: how long an action of it was at work,
+    waiting for Python's lock included; None where it is not measured (CUDA devices).
     """
 
     epoch: int
@@ -48,6 +59,12 @@ class EpochResult:
     batches: int
     seconds: float
     data_seconds: float = 0.0
+    busy: tuple[float, ...] | None = None
+
+    @property
+    def data_wait(self) -> float:
+        """``data_seconds`` as a share of ``seconds``."""
+        return self.data_seconds / self.seconds if self.seconds > 0 else 0.0
 
 
 @dataclass

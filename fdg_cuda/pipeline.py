@@ -30,6 +30,7 @@ from fdg_cuda.timeline import Lane
 
 LossFunction = Callable[[Tensor, Nested], Tensor]
 MAX_TICKS_IN_FLIGHT = 4
+SHORTEST_WAIT = 1e-4  # seconds for a batch; below it asking the devices would take as long
 
 
 class Pipeline(ABC):
@@ -74,6 +75,7 @@ class Pipeline(ABC):
         # (loss, samples, correct) of this segment's batches, in order
         self.results: list[tuple[float, int, int | None]] = []
         self.data_seconds = 0.0  # waited for the loader in this segment, with nothing left to do
+        self._busy_before: list[float] | None = None  # per stream, when this segment began
 
     # -- for the subclasses ---------------------------------------------------------------------
 
@@ -86,6 +88,21 @@ class Pipeline(ABC):
 
     def _gather(self, done: int) -> None:
         """Bring :attr:`results` up to at least ``done`` batches, which are trained."""
+
+    def busy_seconds(self) -> tuple[float, ...] | None:
+        """Per stage, how long actions were at work in this segment so far; None: not measured, or
+        the streams have ended. Any thread may ask."""
+        before = self._busy_before  # read first, so that it is never ahead
+        try:
+            now = self._scheduler.busy_seconds()
+        except RuntimeError:  # closed
+            return None
+        if before is None or now is None:
+            return None
+        busy = [0.0] * self._schedule.stages
+        for lane, end, begin in zip(self._lanes, now, before, strict=True):
+            busy[lane.stage] += end - begin
+        return tuple(busy)
 
     def close(self) -> None:
         """End all streams. What has not begun is dropped."""
@@ -112,6 +129,7 @@ class Pipeline(ABC):
         self._epoch, self._first_batch = epoch, first_batch
         self._entered = 0
         self.data_seconds = 0.0
+        self._busy_before = self._scheduler.busy_seconds()
         self.results.clear()
         for stage in self._all_stages:
             stage.begin_epoch(self._schedule.first_slot(stage.index), first_batch)
@@ -191,8 +209,9 @@ class Pipeline(ABC):
     def _read(self, batches: Iterator[Batch]) -> Batch | None:
         began = time.perf_counter()
         batch = next(batches, None)
-        if self._entered and self._scheduler.ticks_in_flight == 0:
-            self.data_seconds += time.perf_counter() - began
+        waited = time.perf_counter() - began
+        if waited > SHORTEST_WAIT and self._entered and self._scheduler.ticks_in_flight == 0:
+            self.data_seconds += waited
         return batch
 
     def _enter(self, number: int, batch: Batch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ from rich.console import Console
 from fdg_cuda.callbacks import FitStart
 from fdg_cuda.metrics import Average, BatchResult
 from fdg_cuda.report import EpochRow, percent
+from fdg_cuda.shares import Shares
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -67,7 +69,7 @@ class PlainProgress:
         trained = row.epoch - self._first.epoch - self._first.batch / self._batches
         left = (time.perf_counter() - self._begin) / trained * (self._epochs - row.epoch)
         speed = f"{row.samples_per_second:,.0f} samples/s"
-        self._console.print(f"{self._line(row)}  {speed}  {_clock(left)} left")
+        self._console.print(f"{self._line(row)}  {speed}  {row.shares}  {_clock(left)} left")
 
     def _line(self, row: EpochRow) -> str:
         width = len(str(self._epochs))
@@ -79,10 +81,21 @@ class PlainProgress:
 
 
 class LiveProgress(PlainProgress):
-    """A line per finished epoch, and under them a bar with the epoch at work."""
+    """A line per finished epoch, and under them a bar with the epoch at work.
 
-    def __init__(self, console: Console, epochs: int, batches: int) -> None:
+    Args:
+        shares: asked after every batch where the epoch's time went so far.
+    """
+
+    def __init__(
+        self,
+        console: Console,
+        epochs: int,
+        batches: int,
+        shares: Callable[[], Shares | None] = lambda: None,
+    ) -> None:
         super().__init__(console, epochs, batches)
+        self._shares = shares
         self._average = Average()
         self._epoch_begin = time.perf_counter()
         self._bar = _bar(console)
@@ -124,13 +137,22 @@ class LiveProgress(PlainProgress):
             status += (
                 f"  loss {sofar.loss:.4f}  acc {percent(sofar.accuracy)}  {speed:,.0f} samples/s"
             )
+            shares = self._shares()
+            if shares is not None:
+                status += f"\n{shares}"  # in a line of its own: 80 columns are few
         return status
 
 
-def make_progress(console: Console, epochs: int, batches: int) -> PlainProgress:
+def make_progress(
+    console: Console,
+    epochs: int,
+    batches: int,
+    shares: Callable[[], Shares | None] = lambda: None,
+) -> PlainProgress:
     """The progress that suits ``console``."""
-    kind = LiveProgress if console.is_terminal else PlainProgress
-    return kind(console, epochs, batches)
+    if console.is_terminal:
+        return LiveProgress(console, epochs, batches, shares)
+    return PlainProgress(console, epochs, batches)
 
 
 def _bar(console: Console) -> Progress:

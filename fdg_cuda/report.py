@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fdg_cuda.files import replacing
+from fdg_cuda.shares import Shares
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,6 +30,8 @@ class EpochRow:
         test_loss, test_accuracy: after the epoch.
         seconds: the epoch's training time, without the test.
         samples_per_second: of training.
+        data_wait: share of ``seconds`` in which the loader was waited for.
+        busy: share of ``seconds`` in which each stage was at work, or None if it was not measured.
 
     Accuracies are shares in [0, 1], or None if there are no classes.
     """
@@ -41,6 +44,13 @@ class EpochRow:
     test_accuracy: float | None
     seconds: float
     samples_per_second: float
+    data_wait: float = 0.0
+    busy: tuple[float, ...] | None = None
+
+    @property
+    def shares(self) -> Shares:
+        """For people."""
+        return Shares(self.busy, self.data_wait)
 
 
 def best_epoch(rows: Sequence[EpochRow]) -> EpochRow | None:
@@ -55,23 +65,33 @@ def percent(share: float | None) -> str:
 
 
 def write_metrics(path: Path, rows: Sequence[EpochRow]) -> None:
-    """Write one line per epoch under a header with the names of :class:`EpochRow`.
+    """Write one line per epoch under a header with the names of :class:`EpochRow`; ``busy`` is a
+    column per stage, ``busy_0``, ``busy_1``, ..., as far as any row has it.
 
     Raises:
         OSError: the file cannot be written; what was there before still is.
     """
     with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(
-            file, [field.name for field in fields(EpochRow)], lineterminator="\n"
-        )
+        stages = max((len(row.busy or ()) for row in rows), default=0)
+        columns = [field.name for field in fields(EpochRow) if field.name != "busy"]
+        columns += [_busy_column(stage) for stage in range(stages)]
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         for row in rows:
             rounded = {
                 "lr": float(f"{row.lr:.12g}"),  # 0.0925, not 0.09250000000000001
                 "seconds": round(row.seconds, 4),
                 "samples_per_second": round(row.samples_per_second, 1),
+                "data_wait": round(row.data_wait, 4),
+                **{_busy_column(k): round(share, 4) for k, share in enumerate(row.busy or ())},
             }
-            writer.writerow({**asdict(row), **rounded})
+            line = {**asdict(row), **rounded}
+            del line["busy"]
+            writer.writerow(line)
+
+
+def _busy_column(stage: int) -> str:
+    return f"busy_{stage}"
 
 
 def write_settings(path: Path, settings: Mapping[str, Any]) -> None:

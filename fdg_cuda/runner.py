@@ -46,6 +46,7 @@ from fdg_cuda.optim import Default, DelayedOptimizer, check_scheduler, make_opti
 from fdg_cuda.pipeline import LossFunction, Pipeline
 from fdg_cuda.recorder import Recorder
 from fdg_cuda.schedule import Schedule
+from fdg_cuda.shares import Shares
 from fdg_cuda.split import balance, check_split
 from fdg_cuda.stage import Stage
 from fdg_cuda.timeline import Timeline
@@ -192,6 +193,13 @@ class FDGRunner:
     def history(self) -> History | None:
         """What the latest ``fit`` recorded, as far as it came; None before any."""
         return self._history
+
+    @property
+    def shares(self) -> Shares | None:
+        """Where the time of the epoch under way went so far: stages at work, and waiting for data.
+        None while no epoch is. Any thread may ask; what an action is at now does not count yet."""
+        fit = self._fit
+        return None if fit is None else fit.shares()
 
     def __repr__(self) -> str:
         devices = ", ".join(map(str, self._devices))

@@ -165,7 +165,9 @@ class Training:
             CheckpointError: the checkpoints cannot be gone on from, or written over.
         """
         settings = self._settings
-        progress = make_progress(console, settings.epochs, len(self._train))
+        progress = make_progress(
+            console, settings.epochs, len(self._train), lambda: self.runner.shares
+        )
         status, message = "finished", ""
         begin = time.perf_counter()
         try:
@@ -273,6 +275,8 @@ class Training:
             test_accuracy=test.accuracy,
             seconds=result.seconds,
             samples_per_second=result.samples / result.seconds,
+            data_wait=result.data_wait,
+            busy=result.busy,
         )
 
     def _save(self) -> None:

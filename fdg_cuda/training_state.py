@@ -115,7 +115,7 @@ class TrainingState:
             "epoch": epoch.number,
             "finished": epoch.number >= epochs,
             "running_epoch": epoch.state_dict(),
-            "history": [asdict(result) for result in parts.history.epochs],
+            "history": [to_plain(asdict(result), "history") for result in parts.history.epochs],
             "model_extra": extra,
             "optimizer": {"keys": kept, "values": plain_values},
             "param_groups": _plain_groups(parts.optimizer),
@@ -182,7 +182,9 @@ class TrainingState:
         for callback, kept in zip(parts.callbacks, state["callbacks"], strict=True):
             callback.load_state_dict(from_plain(kept["state"]))
         parts.history.batch_losses.extend(tensors["losses"].tolist())
-        parts.history.epochs.extend(EpochResult(**result) for result in state["history"])
+        parts.history.epochs.extend(
+            EpochResult(**from_plain(result)) for result in state["history"]
+        )
         epoch = RunningEpoch(state["epoch"])
         epoch.load_state_dict(state["running_epoch"])
         if state["loader"] is not None and hasattr(parts.loader, "load_state_dict"):

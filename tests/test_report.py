@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from fdg_cuda.report import (
     write_metrics,
     write_settings,
 )
+from fdg_cuda.shares import Shares
 from fdg_cuda.weights import finite, save_weights
 
 NAN = math.nan
@@ -52,12 +54,26 @@ def test_metrics_name_their_columns_and_keep_every_digit_of_the_losses(tmp_path:
         "test_accuracy",
         "seconds",
         "samples_per_second",
+        "data_wait",
     ]
     assert float(first["train_loss"]) == 1 / 3
     assert first["epoch"] == "1"
     assert first["seconds"] == "1.2346"
     assert first["samples_per_second"] == "987.7"
     assert second["test_accuracy"] == ""
+
+
+def test_metrics_have_a_column_for_each_stages_busy_share(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.csv"
+    unmeasured = row(1)
+    measured = replace(row(2), busy=(0.971234, 0.5), data_wait=1 / 3)
+    write_metrics(file, [unmeasured, measured])
+    with file.open(newline="") as opened:
+        first, second = csv.DictReader(opened)
+    assert list(first)[-3:] == ["data_wait", "busy_0", "busy_1"]
+    assert [first["busy_0"], first["busy_1"], first["data_wait"]] == ["", "", "0.0"]
+    assert [second["busy_0"], second["busy_1"]] == ["0.9712", "0.5"]
+    assert second["data_wait"] == "0.3333"
 
 
 def test_metrics_before_the_first_epoch_are_a_header(tmp_path: Path) -> None:
@@ -152,10 +168,19 @@ def test_a_file_gets_one_line_per_epoch() -> None:
     with console.capture() as captured, progress:
         for epoch in (1, 2):
             progress.batch(BatchResult(0, epoch - 1, 0.25, 8, 4))
-            progress.epoch(row(epoch))
+            progress.epoch(replace(row(epoch), busy=(0.97, 0.84), data_wait=0.03))
     lines = captured.get().splitlines()
     assert len(lines) == 2
-    for part in ("epoch  2/20", "lr 0.1", "loss 0.2500", "50.0 %", "988 samples/s", "left"):
+    assert "data 3 %" in lines[1]
+    for part in (
+        "epoch  2/20",
+        "lr 0.1",
+        "loss 0.2500",
+        "50.0 %",
+        "988 samples/s",
+        "busy 97 84 %",
+        "left",
+    ):
         assert part in lines[1]
 
 
@@ -179,3 +204,22 @@ def test_the_bar_averages_over_the_samples_of_the_epoch_so_far() -> None:
     progress.batch(BatchResult(0, 0, 0.25, 30, 15))
     progress.batch(BatchResult(1, 0, 1.25, 10, 5))
     assert "loss 0.5000  acc 50.0 %" in progress._status(1)
+
+
+@pytest.mark.parametrize("stages", [1, 2, 4, 64])
+def test_the_bar_shows_the_stages_shares_within_80_columns(stages: int) -> None:
+    shares = Shares(tuple(0.9 - stage / 100 for stage in range(stages)), 0.12)
+    console = Console(width=80, force_terminal=True, markup=False, highlight=False)
+    progress = make_progress(console, 300, 2, lambda: shares)
+    with console.capture() as captured, progress:
+        for batch in range(2):
+            progress.batch(BatchResult(batch, 0, 2.25, 8, 8))
+    text = captured.get()
+    assert f"{shares}" in text
+    assert " left" in text
+
+
+def test_a_bar_that_does_not_know_the_shares_leaves_them_out() -> None:
+    progress = LiveProgress(Console(force_terminal=True), epochs=3, batches=2)
+    progress.batch(BatchResult(0, 0, 0.25, 8, 4))
+    assert "busy" not in progress._status(1)

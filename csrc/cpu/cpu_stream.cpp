@@ -26,8 +26,10 @@ bool look(const Ready& ready) {
   return ready();
 }
 
-double now_s() {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+using Clock = std::chrono::steady_clock;
+
+double seconds(Clock::time_point time) {
+  return std::chrono::duration<double>(time.time_since_epoch()).count();
 }
 
 // For debuggers and top.
@@ -60,6 +62,7 @@ void CpuRecord::wait() {
 
 bool CpuRecord::wait_for(std::chrono::milliseconds timeout) {
   const auto ready = [this] { return done_.load(); };
+  if (timeout <= timeout.zero()) return ready();
   if (look(ready)) return true;
   // Added to the clock's time a longest timeout would overflow.
   const auto bounded = std::min<std::chrono::milliseconds>(timeout, std::chrono::hours(24 * 365));
@@ -162,22 +165,36 @@ void CpuStream::run_action(const Operation& operation) {
   const Action& action = *operation.action;
   if (!action.work || failure_.stopped()) return;
   Span* span = nullptr;
+  Clock::time_point begin;
   try {
-    if (max_delay_us_ > 0) {
-      std::uniform_int_distribution<int> delay_us(0, max_delay_us_);
-      std::this_thread::sleep_for(std::chrono::microseconds(delay_us(delays_)));
-    }
-    if (operation.measured) {
-      log_->spans.push_back({action.code, action.stage, action.slot, action.stream,
-                             operation.at.tick, operation.at.batch, 0, 0});
-      span = &log_->spans.back();
-      span->begin_s = now_s();
-    }
+    delay();
+    if (operation.measured) span = new_span(operation);
+    begin = Clock::now();
     action.work->run(*this, operation.at);
   } catch (...) {
     failure_.set(std::current_exception());
+    if (begin == Clock::time_point()) return;  // it was not begun
   }
-  if (span) span->end_s = now_s();
+  const Clock::time_point end = Clock::now();
+  const auto took = std::chrono::duration_cast<std::chrono::nanoseconds>(end - begin).count();
+  busy_ns_.store(busy_ns_.load(std::memory_order_relaxed) + took, std::memory_order_relaxed);
+  if (span) {
+    span->begin_s = seconds(begin);
+    span->end_s = seconds(end);
+  }
+}
+
+void CpuStream::delay() {
+  if (max_delay_us_ == 0) return;
+  std::uniform_int_distribution<int> delay_us(0, max_delay_us_);
+  std::this_thread::sleep_for(std::chrono::microseconds(delay_us(delays_)));
+}
+
+Span* CpuStream::new_span(const Operation& operation) {
+  const Action& action = *operation.action;
+  log_->spans.push_back({action.code, action.stage, action.slot, action.stream, operation.at.tick,
+                         operation.at.batch, 0, 0});
+  return &log_->spans.back();
 }
 
 std::unique_ptr<Stream> CpuBackend::make_stream(const std::string& name, Failure& failure) {

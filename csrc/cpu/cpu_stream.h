@@ -67,6 +67,9 @@ class CpuStream final : public Stream {
   void record(Event& event) override;
   void wait(Event& event) override;
   void flush() override;
+  std::optional<std::chrono::nanoseconds> busy() const override {
+    return std::chrono::nanoseconds(busy_ns_.load(std::memory_order_relaxed));
+  }
 
  private:
   enum class Kind { run, record, wait };
@@ -82,12 +85,15 @@ class CpuStream final : public Stream {
   bool take(std::vector<Operation>& operations);
   void execute(const Operation& operation);
   void run_action(const Operation& operation);
+  void delay();
+  Span* new_span(const Operation& operation);
 
   const int max_delay_us_;
   std::mt19937_64 delays_;
   Failure& failure_;
   const std::shared_ptr<SpanLog> log_;
-  std::vector<Operation> held_;  // enqueued, not flushed yet
+  std::atomic<int64_t> busy_ns_{0};  // written by the worker only
+  std::vector<Operation> held_;      // enqueued, not flushed yet
 
   std::mutex mutex_;
   std::condition_variable changed_;

@@ -45,6 +45,9 @@ class TraceStream final : public Stream {
   }
 
   void flush() override {}
+  std::optional<std::chrono::nanoseconds> busy() const override {
+    return std::chrono::nanoseconds(0);
+  }
 
  private:
   Operation blank(OperationKind kind) const {

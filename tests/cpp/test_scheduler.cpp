@@ -181,5 +181,21 @@ TEST("arguments: a refused action claims no private buffer") {
   CHECK(scheduler->add_action(action(2, {first}, {}, nullptr)) == 1);
 }
 
+TEST("scheduler: ticks that are done leave those in flight without a wait") {
+  Rig rig(2, 4);
+  Gate gate;
+  const int free = rig.tick({rig.add(0, [] {}), rig.add(1, [] {})});
+  const int held = rig.tick({rig.add(0, [&gate] { gate.wait(); })});
+  rig.scheduler.submit(free, 0);
+  rig.scheduler.submit(held, 1);
+  rig.scheduler.submit(free, 2);
+  while (rig.scheduler.ticks_in_flight() > 2) rig.scheduler.retire();
+  rig.scheduler.retire();
+  CHECK(rig.scheduler.ticks_in_flight() == 2);
+  gate.open();
+  while (rig.scheduler.ticks_in_flight() > 0) rig.scheduler.retire();
+  CHECK(rig.wait_idle());
+}
+
 }  // namespace
 }  // namespace fdg::testing

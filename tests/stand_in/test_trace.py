@@ -47,3 +47,14 @@ def test_training_does_not_notice() -> None:
     with traced.trace(ticks=4):
         traced.fit(batches(9))
     assert same_bits(plain.state_dict(), traced.state_dict())
+
+
+def test_busy_shares_are_not_known() -> None:
+    """None, not zeros: only the spans of a trace are measured on a device."""
+    runner = make_runner()
+    seen = []
+    history = runner.fit(batches(9), on_batch=lambda _: seen.append(runner.shares))
+    assert [epoch.busy for epoch in history.epochs] == [None]
+    assert len(seen) == 9
+    assert {None if shares is None else shares.busy for shares in seen} == {None}
+    assert str(seen[-1]).startswith("busy -")
