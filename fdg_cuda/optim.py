@@ -214,9 +214,9 @@ def make_optimizer(
     if factory is None:
         return DelayedSGD(
             model,
-            lr=lr,
-            momentum=momentum,
-            weight_decay=weight_decay,
+            lr=_plain(lr),
+            momentum=_plain(momentum),
+            weight_decay=_plain(weight_decay),
             nesterov=nesterov,
             beta=beta,
             param_groups=param_groups,
@@ -234,6 +234,11 @@ def make_optimizer(
 
 class Default(float):
     """A default that can be told from the same number given."""
+
+
+def _plain(number: float) -> float:
+    """What was given, which may be wrong in type, or the number a default stands for."""
+    return float(number) if isinstance(number, Default) else number
 
 
 def _trainable(model: nn.Module, groups: ParameterGroups) -> tuple[list[int], list[nn.Parameter]]:

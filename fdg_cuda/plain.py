@@ -19,8 +19,11 @@ def to_plain(value: Any, where: str) -> Any:
     Raises:
         TypeError: something else, named with its place: ``where`` and the keys below.
     """
-    if value is None or isinstance(value, (bool, int, float, str)):
+    if value is None or isinstance(value, bool):
         return value
+    for plain in (int, float, str):
+        if isinstance(value, plain):
+            return plain(value)  # not as NumPy's numbers, which are floats of their own
     if isinstance(value, Tensor) and value.numel() == 1:
         return value.item()
     if isinstance(value, (list, tuple)):

@@ -87,10 +87,11 @@ def rates_of_batches(monkeypatch: pytest.MonkeyPatch) -> list[float]:
         honest(runner, *arguments, **options)
         hyper_row = runner.optimizer.hyper_row
 
-        def noted(shrinks: list[int]) -> list[float]:
-            row = hyper_row(shrinks)
+        def noted(shrinks: list[int]) -> list[list[float]]:
+            rows = hyper_row(shrinks)
+            (row,) = rows
             used.append(row[0])
-            return row
+            return rows
 
         runner.optimizer.hyper_row = noted  # type: ignore[method-assign]
 

@@ -158,7 +158,7 @@ def test_ctrl_c_ends_a_program_as_usual() -> None:
             assert process.stdout is not None
             assert process.stdout.readline() == "busy\n"
             process.send_signal(signal.SIGINT)
-            output, errors = process.communicate(timeout=10)
+            output, errors = process.communicate(timeout=60)
         finally:
             process.kill()
     assert output == "finite True\n"
