@@ -32,7 +32,7 @@ def adam(params: list[Any]) -> torch.optim.Optimizer:
 
 
 @pytest.mark.parametrize("accumulate", [2, 3])
-@pytest.mark.parametrize("backward_weights", ["stash", "current"])
+@pytest.mark.parametrize("backward_weights", ["stash", "current", "replay"])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("stages", [1, 2, 3, 4])
 def test_agrees_with_the_oracle(
@@ -95,7 +95,7 @@ def test_with_one_update_per_epoch_all_methods_are_one(stages: int) -> None:
     """Every gradient is that of the epoch's first weights, however late it comes."""
     results = []
     for method in METHODS:
-        for backward_weights in ("stash", "current"):
+        for backward_weights in ("stash", "current", "replay"):
             runner = FDGRunner(
                 mlp(),
                 ["cpu"] * stages,
