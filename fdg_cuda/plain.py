@@ -19,8 +19,13 @@ def to_plain(value: Any, where: str) -> Any:
     Raises:
         TypeError: something else, named with its place: ``where`` and the keys below.
     """
-    if value is None or isinstance(value, (bool, int, float, str)):
+    if value is None or isinstance(value, bool):
         return value
+    for plain in (int, float):
+        if isinstance(value, plain):  # numpy's numbers and others that are derived from it are not
+            return plain(value)
+    if isinstance(value, str):
+        return str.__str__(value)
     if isinstance(value, Tensor) and value.numel() == 1:
         return value.item()
     if isinstance(value, (list, tuple)):
