@@ -168,7 +168,7 @@ class Fit:
         self._history.epochs.append(result)
         if self._step_epoch is not None:
             self._step_epoch()
-        self._epoch = RunningEpoch(epoch.number + 1)
+        self._epoch, self._number = RunningEpoch(epoch.number + 1), 0
         self._tell("on_epoch_end", result)
         self._save(self._epoch, result)
 
