@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fdg_cuda.errors import (
         AliasedParameterError,
         CheckpointError,
+        LoaderWorkerError,
         NonFiniteLossError,
         TrainingStopped,
     )
@@ -37,6 +38,7 @@ __all__ = [
     "FDGRunner",
     "FitStart",
     "History",
+    "LoaderWorkerError",
     "NonFiniteLossError",
     "Shares",
     "TensorBoard",
@@ -59,6 +61,7 @@ _MODULES = {
     "FDGRunner": "fdg_cuda.runner",
     "FitStart": "fdg_cuda.callbacks",
     "History": "fdg_cuda.metrics",
+    "LoaderWorkerError": "fdg_cuda.errors",
     "NonFiniteLossError": "fdg_cuda.errors",
     "Shares": "fdg_cuda.shares",
     "TensorBoard": "fdg_cuda.tensorboard",

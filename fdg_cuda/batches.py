@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from itertools import chain
 from typing import Any
 
@@ -65,7 +65,8 @@ def only_inputs(loader: Loader) -> Iterator[Nested]:
 class Batches:
     """A loader read once per epoch, with a look at its first batch that consumes nothing.
 
-    ``before_reading`` is called each time before the loader is asked for an iterator.
+    ``before_reading`` is called each time before the loader is asked for an iterator. A loader may
+    have ``iter_from(batch)``, which does what ``iter`` does, without the first ``batch`` batches.
 
     Raises (on reading):
         TypeError: the loader cannot be iterated, or only once although more epochs are wanted.
@@ -81,10 +82,12 @@ class Batches:
                 f"{type(loader).__name__}"
             )
         self._loader = loader
+        self._iter_from: Callable[[int], Iterator[Any]] | None = getattr(loader, "iter_from", None)
         self._epochs = epochs
         self._before_reading = before_reading
         self._epoch = 0
         self._begun: Iterator[Any] | None = None
+        self._iterator: Iterator[Any] | None = None  # the loader's own, read at present
 
     def first(self) -> Batch:
         """The first batch of the coming epoch, which will still yield it."""
@@ -100,16 +103,18 @@ class Batches:
         return check_batch(item, 0)
 
     def epoch(self, skip: int = 0) -> Iterator[Batch]:
-        """The batches of the next epoch, without the first ``skip`` of them.
+        """The batches of the next epoch, without the first ``skip`` of them. A loader with
+        ``iter_from`` need not make those.
 
         Raises:
             ValueError: the loader has less than ``skip``.
         """
         if skip == 0:
             self.first()
-        iterator, self._begun = self._begin(), None
+        to_pass_over = 0 if self._begun is None and self._iter_from is not None else skip
+        iterator, self._begun = self._begin(skip), None
         self._epoch += 1
-        for number in range(skip):
+        for number in range(to_pass_over):
             if next(iterator, None) is None:
                 raise ValueError(
                     f"the loader yields {number} batches, but {skip} of the epoch were trained when "
@@ -117,10 +122,19 @@ class Batches:
                 )
         return (check_batch(item, number) for number, item in enumerate(iterator, skip))
 
-    def _begin(self) -> Iterator[Any]:
+    def close(self) -> None:
+        """Nothing more will be read. What a loader with ``iter_from`` keeps for a pass ends now, not
+        when the last exception is forgotten whose traceback leads to it. Other iterators may be
+        the caller's, to go on with."""
+        iterator, self._iterator, self._begun = self._iterator, None, None
+        if self._iter_from is not None and isinstance(iterator, Generator):
+            iterator.close()
+
+    def _begin(self, at: int = 0) -> Iterator[Any]:
         if self._begun is None:
             self._before_reading()
-            self._begun = iter(self._loader)
+            begun = iter(self._loader) if self._iter_from is None else self._iter_from(at)
+            self._begun = self._iterator = begun
             if self._begun is self._loader and self._epochs > 1:
                 raise TypeError(
                     f"the loader is a one-shot iterator (a {type(self._loader).__name__}) but "

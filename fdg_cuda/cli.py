@@ -78,7 +78,7 @@ def _prepare(given: Given) -> Training:
 
 
 def _run(training: Training) -> int:
-    from fdg_cuda.errors import CheckpointError
+    from fdg_cuda.errors import CheckpointError, LoaderWorkerError
     from fdg_cuda.progress import make_console
     from fdg_cuda.report import summary_table
 
@@ -88,6 +88,9 @@ def _run(training: Training) -> int:
     except CheckpointError as error:
         _complain(str(error))
         return USER_ERROR
+    except LoaderWorkerError as error:
+        _complain(f"{error} Here: --workers, --batch-size and --resume.")
+        return FAILED
     except OSError as error:
         _complain(f"the results cannot be written: {error}")
         return FAILED

@@ -1,7 +1,7 @@
-"""The data sets of the experiments as tensors in memory, and a loader of reproducible batches.
+"""The data sets of the experiments as tensors in memory.
 
-The sets are held whole as uint8 pixels: a batch is one index operation, normalised and augmented as
-a whole. All randomness comes from the loader's own generator, never from torch's global one.
+They are held whole as uint8 pixels: a batch is one index operation, normalised and augmented as a
+whole. All randomness comes from a generator that the caller gives, never from torch's global one.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import gzip
 import importlib
 import math
 import zlib
-from collections.abc import Iterator, Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from fdg_cuda.batch_loader import BatchLoader
 from fdg_cuda.names import did_you_mean
 
 __all__ = ["BatchLoader", "DataSpec", "ImageTensors", "load", "names", "read_idx"]
@@ -89,67 +90,6 @@ class DataSpec:
     in_channels: int
     num_classes: int
     image_size: int
-
-
-@dataclass(eq=False)
-class BatchLoader:
-    """Batches of ``dataset`` as float32 ``(B, C, H, W)`` and int64 ``(B,)``, anew at each ``iter``.
-
-    What epoch e yields, order and augmentation both, depends on ``(seed, e)`` alone. ``epoch`` is
-    the number of the next epoch: it counts the calls of ``iter`` from 0 and may be set to resume a
-    run. Without ``shuffle`` samples come in their own order. The last batch holds what is left
-    unless ``drop_last``.
-
-    Raises ValueError for a batch size below 1, a negative seed, or if there would be no batch.
-    """
-
-    dataset: ImageTensors
-    batch_size: int
-    _: KW_ONLY
-    shuffle: bool = False
-    seed: int = 0
-    drop_last: bool = False
-    channels_last: bool = False
-    epoch: int = field(default=0, init=False)
-
-    def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}.")
-        if self.seed < 0:
-            raise ValueError(f"seed must be 0 or more, got {self.seed}.")
-        if not len(self):
-            raise ValueError(
-                f"drop_last would leave no batch: batch_size is {self.batch_size}, the data set "
-                f"has {len(self.dataset)} samples. Choose a smaller batch_size."
-            )
-
-    def __len__(self) -> int:
-        full, rest = divmod(len(self.dataset), self.batch_size)
-        return full + bool(rest and not self.drop_last)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        # Not itself a generator: the epoch must count from here, not from the first batch.
-        self.epoch += 1
-        return self._batches(self.epoch - 1)
-
-    def state_dict(self) -> dict[str, int]:
-        """What a checkpoint keeps: which epoch comes next."""
-        return {"epoch": self.epoch}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on from what :meth:`state_dict` gave."""
-        self.epoch = state["epoch"]
-
-    def _batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        # A plain seed + epoch would give seed 1 the epochs of seed 0, one late.
-        mixed = np.random.SeedSequence((self.seed, epoch)).generate_state(1, np.uint64)
-        generator = torch.Generator().manual_seed(int(mixed[0]))
-        count = len(self.dataset)
-        order = torch.randperm(count, generator=generator) if self.shuffle else torch.arange(count)
-        layout = torch.channels_last if self.channels_last else torch.contiguous_format
-        for at in range(0, len(self) * self.batch_size, self.batch_size):
-            x, y = self.dataset.batch(order[at : at + self.batch_size], generator)
-            yield x.contiguous(memory_format=layout), y
 
 
 def names() -> tuple[str, ...]:

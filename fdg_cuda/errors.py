@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch.utils.data import dataloader
 
 
 class NonFiniteLossError(ArithmeticError):
@@ -60,6 +62,53 @@ class TrainingStopped(KeyboardInterrupt):
         self.checkpoint = checkpoint
         kept = f"{checkpoint} is the checkpoint" if checkpoint else "no checkpoint was written"
         super().__init__(f"{signal}: stopped before batch {batch} of epoch {epoch}; {kept}")
+
+
+class LoaderWorkerError(RuntimeError):
+    """A worker process of a torch ``DataLoader`` died, and training stopped.
+
+    Attributes:
+        epoch, batch: 0-based, of the batch that was to be read next.
+    """
+
+    def __init__(self, epoch: int, batch: int, cause: BaseException) -> None:
+        self.epoch = epoch
+        self.batch = batch
+        said = (str(cause) or type(cause).__name__).strip().rstrip(".")
+        super().__init__(
+            f"a worker process of the loader died; batch {batch} of epoch {epoch} was to be read next "
+            f"(torch said: {said}). What kills workers is mostly the lack of memory: fewer of them "
+            f"(num_workers) or smaller batches need less, and without any (num_workers=0) an error of "
+            f"the data set's own shows. fit can be called again, and goes on from the newest "
+            f"checkpoint if it is given checkpoints with resume=True."
+        )
+
+
+def is_death_of_worker(error: BaseException) -> bool:
+    """Whether ``error`` means that a worker of a torch ``DataLoader`` ended before its time."""
+    if isinstance(error, RuntimeError):
+        return str(error).startswith(("DataLoader worker (pid", "Pin memory thread exited"))
+    # A worker that dies while it hands a batch over breaks the connection, and torch may look at it
+    # before it is quite dead. What a data set raised does not come this way.
+    frames = (frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__))
+    return isinstance(error, (OSError, EOFError)) and any(
+        code.co_name == "_try_get_data" and code.co_filename == dataloader.__file__
+        for code in frames
+    )
+
+
+@contextmanager
+def said_death_of_worker(next_batch: Callable[[], tuple[int, int]]) -> Iterator[None]:
+    """The death of a worker is said with what to do. ``next_batch``: epoch and batch.
+
+    It is known to surface anywhere in the main thread: torch raises it in the handler of a signal.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_death_of_worker(error):
+            raise
+        raise LoaderWorkerError(*next_batch(), error) from error
 
 
 class AliasedParameterError(RuntimeError):

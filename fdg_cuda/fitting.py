@@ -6,7 +6,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing
 from typing import Any
 
 from fdg_cuda.batches import Batch, Batches
@@ -14,7 +14,12 @@ from fdg_cuda.callbacks import Callback, FitStart
 from fdg_cuda.checkpoint_file import Checkpoint
 from fdg_cuda.checkpoints import Saver
 from fdg_cuda.epoch import RunningEpoch
-from fdg_cuda.errors import TrainingStopped
+from fdg_cuda.errors import (
+    TrainingStopped,
+    is_death_of_worker,
+    said_death_of_worker,
+    said_where,
+)
 from fdg_cuda.interrupts import Interrupts
 from fdg_cuda.metrics import EpochResult, History
 from fdg_cuda.optim import DelayedOptimizer
@@ -76,6 +81,7 @@ class Fit:
         # Batches between two drains; None: whole epochs.
         self._segment_batches = None if saver is None else saver.every
         self._epoch_ended = False
+        self._number = 0  # of the batch to be read next, within the epoch
         self._stop = False
         self._interrupts = Interrupts(graceful=saver is not None)
         # The pipeline at work, and since when.
@@ -102,10 +108,16 @@ class Fit:
 
         Raises:
             TrainingStopped: by a signal, while checkpoints are written.
+            LoaderWorkerError: a process that makes batches died.
             Exception: whatever anything in it raised.
         """
         try:
-            with self._interrupts as interrupts, self._make_pipeline(interrupts) as pipeline:
+            with (
+                said_death_of_worker(lambda: (self._epoch.number, self._number)),
+                self._interrupts as interrupts,
+                closing(self._batches),
+                self._make_pipeline(interrupts) as pipeline,
+            ):
                 if self._saver is not None and self._goes_on_from is not None:
                     self._epoch = self._saver.apply(self._goes_on_from)
                     self._goes_on_from = None
@@ -141,7 +153,7 @@ class Fit:
         if epoch.batches == 0:
             self._tell("on_epoch_start", epoch.number)
         self._before_epoch()
-        batches = self._batches.epoch(epoch.batches)
+        batches = self._begin_reading(epoch)
         if self._state is not None:
             self._state.after_passing_over()
         self._epoch_ended = False
@@ -156,9 +168,27 @@ class Fit:
         self._history.epochs.append(result)
         if self._step_epoch is not None:
             self._step_epoch()
-        self._epoch = RunningEpoch(epoch.number + 1)
+        self._epoch, self._number = RunningEpoch(epoch.number + 1), 0
         self._tell("on_epoch_end", result)
         self._save(self._epoch, result)
+
+    def _begin_reading(self, epoch: RunningEpoch) -> Iterator[Batch]:
+        self._number = epoch.batches
+        try:
+            with self._where_it_reads(), self._interrupts.allowed():
+                return self._batches.epoch(epoch.batches)
+        except Exception as error:
+            if not self._stopped_with_us(error):
+                raise
+            return iter(())
+
+    def _where_it_reads(self) -> AbstractContextManager[None]:
+        return said_where(f"the loader, at batch {self._number} of epoch {self._epoch.number}")
+
+    def _stopped_with_us(self, error: Exception) -> bool:
+        """Whether a worker of the loader is gone because training is to stop: a signal that goes to
+        all processes of a terminal or a service reaches it too."""
+        return is_death_of_worker(error) and self._stopping()
 
     def _train_segment(self, pipeline: Pipeline, batches: Iterator[Batch]) -> None:
         epoch = self._epoch
@@ -196,14 +226,20 @@ class Fit:
         """The batches of one segment."""
         every = self._segment_batches
         last = None if every is None else (first // every + 1) * every
-        number = first
-        while number != last and not self._stopping():
-            batch = next(batches, None)
+        self._number = first
+        while self._number != last and not self._stopping():
+            try:
+                with self._where_it_reads():
+                    batch = next(batches, None)
+            except Exception as error:
+                if not self._stopped_with_us(error):
+                    raise
+                return
             if batch is None:
                 self._epoch_ended = True
                 return
+            self._number += 1
             yield batch
-            number += 1
 
     def _tell(self, moment: str, *arguments: object) -> None:
         self._interrupts.allow()

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
+from fdg_cuda.errors import is_death_of_worker
+
 
 class Interrupts:
     """Between entering and leaving, SIGINT is delivered only after ``allow`` and until ``hold``.
@@ -17,6 +19,10 @@ class Interrupts:
     One that comes at another moment is delivered at the next ``allow`` or on leaving. Only one is
     raised before leaving, so what cleans up after it runs to its end. In threads other than the
     main one, which no signal interrupts, all of this does nothing.
+
+    The same holds for SIGCHLD, if something listens to it: torch raises an error in its handler when a
+    worker of a ``DataLoader`` died. Once training is to stop it is not raised, since whatever stops this
+    process may have stopped its workers too.
 
     Args:
         graceful: the first SIGINT or SIGTERM only fills :attr:`stop_signal`. The second SIGINT is
@@ -28,11 +34,13 @@ class Interrupts:
         self._previous: dict[int, Any] = {}
         self._allowed = False
         self._delivered = False
-        self._pending: tuple[int, FrameType | None] | None = None
+        self._in_main_thread = False
+        self._pending: dict[int, FrameType | None] = {}
         self.stop_signal: str | None = None  # the name of the signal that asks to stop
 
     def __enter__(self) -> Interrupts:
-        if threading.current_thread() is threading.main_thread():
+        self._in_main_thread = threading.current_thread() is threading.main_thread()
+        if self._in_main_thread:
             self._take_over(signal.SIGINT)
             if self._graceful:
                 self._take_over(signal.SIGTERM)
@@ -50,6 +58,7 @@ class Interrupts:
 
     def allow(self) -> None:
         """From here on a Ctrl-C may interrupt; one that waited does so now."""
+        self._listen_to_workers()
         self._allowed = True
         if not self._delivered:
             self._deliver_pending()
@@ -57,6 +66,7 @@ class Interrupts:
     def hold(self) -> None:
         """From here on a Ctrl-C waits."""
         self._allowed = False
+        self._listen_to_workers()
 
     @contextmanager
     def allowed(self) -> Iterator[None]:
@@ -74,23 +84,36 @@ class Interrupts:
             self._previous[number] = previous
             signal.signal(number, self._handle)
 
+    def _listen_to_workers(self) -> None:
+        # torch puts its handler in place when it starts the first workers, perhaps only now.
+        if self._in_main_thread and signal.SIGCHLD not in self._previous:
+            self._take_over(signal.SIGCHLD)
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._graceful and self.stop_signal is None:
+        if number == signal.SIGCHLD:
+            self._later(number, frame)
+        elif self._graceful and self.stop_signal is None:
             self.stop_signal = signal.Signals(number).name
-            return
-        if number == signal.SIGTERM:
+        elif number == signal.SIGTERM:
             signal.signal(number, self._previous[number])
             os.kill(os.getpid(), number)
-            return
-        self._pending = (number, frame)
+        else:
+            self._later(number, frame)
+
+    def _later(self, number: int, frame: FrameType | None) -> None:
+        """Now, if it is allowed."""
+        self._pending[number] = frame
         if self._allowed and not self._delivered:
             self._deliver_pending()
 
     def _deliver_pending(self) -> None:
-        pending, self._pending = self._pending, None
-        if pending is not None:
+        while self._pending:
+            number = min(self._pending)  # a Ctrl-C before what is said of a worker
+            frame = self._pending.pop(number)
             try:
-                self._previous[signal.SIGINT](*pending)
-            except BaseException:
+                self._previous[number](number, frame)
+            except BaseException as error:
+                if self.stop_signal is not None and is_death_of_worker(error):
+                    continue
                 self._delivered = True
                 raise

@@ -21,9 +21,11 @@ def to_plain(value: Any, where: str) -> Any:
     """
     if value is None or isinstance(value, bool):
         return value
-    for plain in (int, float, str):
-        if isinstance(value, plain):
-            return plain(value)  # not as NumPy's numbers, which are floats of their own
+    for plain in (int, float):
+        if isinstance(value, plain):  # numpy's numbers and others that are derived from it are not
+            return plain(value)
+    if isinstance(value, str):
+        return str.__str__(value)
     if isinstance(value, Tensor) and value.numel() == 1:
         return value.item()
     if isinstance(value, (list, tuple)):

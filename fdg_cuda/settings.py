@@ -15,6 +15,7 @@ from typing import Any
 from fdg_cuda.options import option, options_of
 
 LONGEST_DEFAULT_WARMUP = 5  # epochs
+MOST_DEFAULT_WORKERS = 4
 
 # What --graphs may be, and what it is to the runner.
 GRAPHS: dict[str, str | bool] = {"auto": "auto", "on": True, "off": False}
@@ -27,7 +28,7 @@ WHAT, SPLIT, OPTIMIZER, RUN = "What to train", "Split and method", "Optimizer", 
 SCHEDULE, CHECKPOINTS = "Learning-rate schedule", "Checkpoints"
 
 # Settings that do not decide what comes out, so that a run may go on with others.
-WITHOUT_EFFECT = ("data_root", "download", "out", "checkpoints", "keep")
+WITHOUT_EFFECT = ("data_root", "download", "out", "checkpoints", "keep", "workers")
 
 
 def _rising(milestones: Sequence[int]) -> bool:
@@ -123,6 +124,13 @@ class Settings:
         allowed=range(2**63).__contains__,
     )
     threads: int | None = option(None, RUN, "Cores that all stages share.", shown="all", least=1)
+    workers: int | None = option(
+        None,
+        RUN,
+        "Processes that make training batches ahead.",
+        shown=f"0 on the CPU, up to {MOST_DEFAULT_WORKERS} on CUDA devices",
+        least=0,
+    )
     graphs: str = option(
         "auto",
         SPLIT,
@@ -163,8 +171,9 @@ class Settings:
 
         The learning rate falls at a half and at three quarters of the epochs, after a warm-up of
         a quarter of them but no more than LONGEST_DEFAULT_WARMUP; a schedule that knows no
-        milestones or no warm-up has none. ``split`` and ``channels_last`` stay None, since they
-        depend on the model.
+        milestones or no warm-up has none. On CUDA devices there are MOST_DEFAULT_WORKERS workers, as
+        far as there are cores besides the one that enqueues; on the CPU, where they would take the
+        stages' cores, none. ``split`` and ``channels_last`` stay None, since they depend on the model.
 
         Raises:
             ValueError: a value of the wrong type or out of range, or one that another makes
@@ -185,9 +194,14 @@ class Settings:
         warmup = settings.warmup_epochs
         if warmup is None:
             warmup = min(LONGEST_DEFAULT_WARMUP, settings.epochs // 4) if own else 0
+        workers = settings.workers
+        if workers is None:
+            on_cpu = all(str(device).startswith("cpu") for device in devices)
+            workers = 0 if on_cpu else min(MOST_DEFAULT_WORKERS, cores() - 1)
         return replace(
             settings,
             devices=devices,
+            workers=workers,
             milestones=milestones,
             warmup_epochs=warmup,
             lr_step=settings.lr_step or ("batch" if own else "epoch"),

@@ -99,7 +99,10 @@ class Training:
             shuffle=True,
             seed=settings.seed,
             channels_last=bool(settings.channels_last),
+            workers=settings.workers or 0,
+            pin_memory=bool(settings.workers) and parsed[0].type == "cuda",
         )
+        # Not augmented, and few and large: not worth processes of their own.
         self._test = data.BatchLoader(
             spec.test, TEST_BATCH_SIZE, channels_last=bool(settings.channels_last)
         )
@@ -163,6 +166,7 @@ class Training:
         Raises:
             OSError: a file cannot be written.
             CheckpointError: the checkpoints cannot be gone on from, or written over.
+            LoaderWorkerError: a process that makes batches died.
         """
         settings = self._settings
         progress = make_progress(
@@ -171,7 +175,7 @@ class Training:
         status, message = "finished", ""
         begin = time.perf_counter()
         try:
-            with progress:
+            with progress, self._train:
                 self.runner.fit(
                     self._train,
                     settings.epochs,

@@ -37,7 +37,7 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path}
 
 
-def start(arguments: str, folder: Path) -> subprocess.Popen[str]:
+def start(arguments: str, folder: Path, *, own_group: bool = False) -> subprocess.Popen[str]:
     return subprocess.Popen(
         command(arguments),
         cwd=folder,
@@ -45,6 +45,7 @@ def start(arguments: str, folder: Path) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=own_group,
         # A test run in the background of a shell ignores SIGINT, and its children would too.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )

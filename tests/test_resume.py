@@ -312,6 +312,17 @@ def test_a_state_that_is_not_plain_is_refused(tmp_path: Path) -> None:
         runner.fit(batches(2), callbacks=[Unplain()], checkpoints=tmp_path)
 
 
+def test_numbers_of_numpy_come_back(tmp_path: Path) -> None:
+    """As a schedule that computes with numpy leaves them in the optimizer's groups."""
+    runner = FDGRunner(mlp(), ["cpu"], lr=np.float64(0.05))
+    runner.optimizer.param_groups[0]["momentum"] = np.float64(0.3)
+    runner.fit(batches(2), checkpoints=tmp_path)
+    again = FDGRunner(mlp(), ["cpu"])
+    again.fit(batches(2), checkpoints=Checkpoints(tmp_path, resume=True))
+    (group,) = again.optimizer.param_groups
+    assert (group["lr"], group["momentum"]) == (0.05, 0.3)
+
+
 def test_a_full_disk_does_not_end_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -23,6 +23,7 @@ SET = {
     "channels_last": False,
     "out": "a b",
     "checkpoint_every": 50,
+    "workers": 2,
 }
 
 

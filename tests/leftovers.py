@@ -1,0 +1,47 @@
+"""What a test must not leave: child processes and open files."""
+
+from __future__ import annotations
+
+import gc
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+PATIENCE_SECONDS = 5.0
+
+
+def children() -> set[int]:
+    """Process ids of this process's children."""
+    lists = Path("/proc/self/task").glob("*/children")
+    return {int(pid) for each in lists for pid in each.read_text().split()}
+
+
+def descriptors() -> dict[str, str]:
+    """Number and target of every open file but the one that lists them."""
+    found = {}
+    for number in os.listdir("/proc/self/fd"):
+        try:
+            target = os.readlink(f"/proc/self/fd/{number}")
+        except FileNotFoundError:
+            continue
+        found[number] = target
+    return found
+
+
+@contextmanager
+def nothing_left() -> Iterator[None]:
+    """Fails if there are other processes or files behind the block than before it.
+
+    Exceptions caught in the block are to be forgotten by then: a traceback keeps what its frames
+    refer to, such as the iterator of a torch ``DataLoader`` and its workers.
+    """
+    gc.collect()
+    processes, files = children(), descriptors()
+    yield
+    gc.collect()
+    give_up = time.monotonic() + PATIENCE_SECONDS
+    while left := [*(children() - processes), *(descriptors().items() - files.items())]:
+        assert time.monotonic() < give_up, f"left: {left}"
+        time.sleep(0.01)
