@@ -58,7 +58,7 @@ class StageLog(Callback):
     its last batch. Stages without parameters have no rows.
 
     Rows are written when an epoch ends, and before every checkpoint; of an epoch that is broken off
-    otherwise there are none, unless its loss or weights became infinite. With checkpoints a run that
+    otherwise there are none, or if it diverged those as far as it had come. With checkpoints a run that
     goes on goes on with its rows, and what it wrote behind the checkpoint is dropped. A second
     ``fit`` with the same log goes on behind the first; with a new log the file is written over.
 

@@ -131,8 +131,16 @@ class UpdateMeter:
             before = before.clone()
         yield
         with torch.no_grad():
-            norms = [
-                torch.linalg.vector_norm(flat, dtype=torch.float64)
-                for flat in (after - before, before)
-            ]
-            self._measures.put(self._stage, batch, torch.stack(norms))
+            # Per parameter, so that no whole copy in float64 is made on the way.
+            weights = self._memory.views(before)
+            changes = list(torch._foreach_sub(self._memory.views(after), weights))
+            norms = torch.stack([_norm(changes), _norm(weights)])
+        self._measures.put(self._stage, batch, norms)
+
+
+def _norm(tensors: list[Tensor]) -> Tensor:
+    """Of all elements together, float64, on their device."""
+    norm: Tensor = torch.linalg.vector_norm(
+        torch.stack(list(torch._foreach_norm(tensors, 2, torch.float64)))
+    )
+    return norm
