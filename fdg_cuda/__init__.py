@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from fdg_cuda.metrics import BatchResult, EpochResult, Evaluation, History
     from fdg_cuda.runner import FDGRunner
     from fdg_cuda.shares import Shares
+    from fdg_cuda.stage_log import StageLog
     from fdg_cuda.tensorboard import TensorBoard
     from fdg_cuda.timeline import Timeline
 
@@ -41,6 +42,7 @@ __all__ = [
     "LoaderWorkerError",
     "NonFiniteLossError",
     "Shares",
+    "StageLog",
     "TensorBoard",
     "Timeline",
     "TrainingStopped",
@@ -64,6 +66,7 @@ _MODULES = {
     "LoaderWorkerError": "fdg_cuda.errors",
     "NonFiniteLossError": "fdg_cuda.errors",
     "Shares": "fdg_cuda.shares",
+    "StageLog": "fdg_cuda.stage_log",
     "TensorBoard": "fdg_cuda.tensorboard",
     "Timeline": "fdg_cuda.timeline",
     "TrainingStopped": "fdg_cuda.errors",

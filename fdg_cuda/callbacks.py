@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fdg_cuda.metrics import BatchResult, EpochResult, History
+
+if TYPE_CHECKING:
+    from fdg_cuda.update_measures import UpdateMeasures
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,12 @@ class Callback:
     All are called on the thread that called ``fit``, in the order of the list. Nothing runs during
     any but :meth:`on_batch_end`: there ``evaluate``, ``predict`` and ``state_dict`` may be used.
     What one raises ends the ``fit``.
+
+    Attributes:
+        measures: what stages are to measure of their updates, see :class:`~fdg_cuda.StageLog`.
     """
+
+    measures: UpdateMeasures | None = None
 
     def on_fit_start(self, start: FitStart) -> None:
         """Before the first batch is read."""
@@ -82,6 +90,18 @@ class FunctionCallback(Callback):
     def on_epoch_end(self, result: EpochResult) -> None:
         if self._on_epoch is not None:
             self._on_epoch(result)
+
+
+def measures_of(callbacks: Sequence[Callback]) -> UpdateMeasures | None:
+    """What ``callbacks`` want to be measured.
+
+    Raises:
+        ValueError: several do.
+    """
+    wanted = [callback.measures for callback in callbacks if callback.measures is not None]
+    if len(wanted) > 1:
+        raise ValueError(f"one fit takes one StageLog; callbacks has {len(wanted)}")
+    return wanted[0] if wanted else None
 
 
 def check_callbacks(callbacks: Sequence[Callback]) -> list[Callback]:

@@ -131,7 +131,7 @@ class CpuStage(Stage):
                 if not self.memory.parameters:
                     return None
                 source = step.source if self._stash else 0
-                if self._gradients is not None:
+                if self._updates_in_python:
                     return partial(self._update, source, copy, 0)
                 return self.native_sgd.update(source, copy)
             case _:

@@ -156,7 +156,7 @@ class CudaStage(Stage):
         self.loss = self._loss
         self._graphs = None
         if fit.graphs != "never":
-            if self._replays:
+            if self.replays:
                 fit.eager_because[self.index] = REPLAY_IS_EAGER
             else:
                 self._graphs = StageGraphs(self)
@@ -247,7 +247,7 @@ class CudaStage(Stage):
                 return self._sgd.copy(step.source, slot)
             case Kind.UPDATE:
                 source = step.source if self._stash else 0
-                if self._gradients is not None and self.memory.parameters:
+                if self._updates_in_python and self.memory.parameters:
                     return partial(self._enqueue_update, source, copy, slot)
                 return self._sgd.update(source, copy, slot) if self._sgd else None
             case Kind.SEND_ACTIVATION:

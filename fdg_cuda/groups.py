@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 Overrides = Mapping[str, Any]
 GroupRule = Callable[[str, Tensor], Overrides | None] | Mapping[str, Overrides]
@@ -16,6 +16,50 @@ def no_decay_on_norm_and_bias(name: str, parameter: Tensor) -> dict[str, Any] | 
     """For ``FDGRunner(..., param_groups=...)``: no weight decay where a parameter has at most one
     dimension, as biases and the scales and shifts of normalisation layers have."""
     return {"weight_decay": 0.0} if parameter.ndim <= 1 else None
+
+
+def no_decay(model: nn.Module, which: Sequence[str]) -> GroupRule:
+    """No weight decay for some parameters of ``model``, as a rule for ``param_groups``.
+
+    Args:
+        which: patterns of names, as in the shell, and two words: ``norm``, the parameters of
+            normalisation layers (modules with ``Norm`` in the name of their class), and ``bias``,
+            everything called so. The words may find nothing.
+
+    Raises:
+        ValueError: a pattern, or all of them together, finds nothing.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    chosen: set[str] = set()
+    for pattern in which:
+        if pattern == "norm":
+            chosen |= _norm_parameters(model)
+        elif pattern == "bias":
+            chosen |= {name for name in names if name.split(".")[-1] == "bias"}
+        else:
+            _check_pattern(pattern, names)
+            chosen |= {name for name in names if fnmatchcase(name, pattern)}
+    if not chosen:
+        raise ValueError(f"{' and '.join(which)}: no parameter of the model is one; {_some(names)}")
+    return lambda name, parameter: {"weight_decay": 0.0} if name in chosen else None
+
+
+def _norm_parameters(model: nn.Module) -> set[str]:
+    return {
+        f"{layer}.{name}" if layer else name
+        for layer, module in model.named_modules()
+        if "Norm" in type(module).__name__
+        for name, _ in module.named_parameters(recurse=False)
+    }
+
+
+def _check_pattern(pattern: str, names: Sequence[str], where: str = "") -> None:
+    if not any(fnmatchcase(name, pattern) for name in names):
+        raise ValueError(f"{where}the pattern {pattern!r} matches no parameter; {_some(names)}")
+
+
+def _some(names: Sequence[str]) -> str:
+    return f"the model's are {', '.join(names[:6])}{', ...' if len(names) > 6 else ''}"
 
 
 class ParameterGroups:
@@ -43,7 +87,8 @@ class ParameterGroups:
         self._groups: dict[str, int] = {}
         parameters = list(named)
         if isinstance(rule, Mapping):
-            self._check_patterns(rule, [name for name, _ in parameters])
+            for pattern in rule:
+                _check_pattern(pattern, [name for name, _ in parameters], "param_groups: ")
             for pattern, overrides in rule.items():
                 self._add(self._checked(overrides, f"the pattern {pattern!r}"))
         for name, parameter in parameters:
@@ -113,13 +158,3 @@ class ParameterGroups:
                 f"for {what} it gives {overrides!r}"
             )
         return dict(overrides)
-
-    @staticmethod
-    def _check_patterns(patterns: Iterable[str], names: list[str]) -> None:
-        for pattern in patterns:
-            if not any(fnmatchcase(name, pattern) for name in names):
-                shown = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
-                raise ValueError(
-                    f"param_groups: the pattern {pattern!r} matches no parameter; the model's are "
-                    f"{shown}"
-                )

@@ -5,17 +5,17 @@ A *step* is a call of the schedule's ``step``: a batch or an epoch, as the calle
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from torch.optim import Optimizer, lr_scheduler
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
-from fdg_cuda.names import did_you_mean
-from fdg_cuda.optim import DelayedSGD
+from fdg_cuda.names import check_keywords, did_you_mean
+from fdg_cuda.optim import checked
 from fdg_cuda.settings import OWN_SCHEDULES, Settings
 
 WARMUP_START = 0.1  # share of the learning rate with which the first step is trained
@@ -132,10 +132,10 @@ def from_settings(
             optimizer, warmup=warmup, milestones=milestones, decay=settings.lr_decay
         )
     arguments = settings.lr_schedule_args or {}
-    _check_arguments(name, arguments)
     make = getattr(lr_scheduler, name)
+    check_keywords("--lr-schedule-args", make, arguments, ("optimizer", "last_epoch"))
     try:
-        _rehearse(make, arguments, settings, total)
+        _rehearse(make, arguments, optimizer, total)
     except Exception as error:  # whatever torch makes of the arguments
         raise ValueError(
             f"--lr-schedule {name} with {arguments} does not last over this run of {total} steps "
@@ -145,40 +145,40 @@ def from_settings(
     return schedule
 
 
-def _check_arguments(name: str, arguments: dict[str, Any]) -> None:
-    parameters = dict(inspect.signature(getattr(lr_scheduler, name)).parameters)
-    del parameters["optimizer"]
-    parameters.pop("last_epoch", None)
-    takes = f"it takes {', '.join(parameters)}"
-    for given in arguments:
-        if given not in parameters:
-            hint = did_you_mean(given, parameters)
-            raise ValueError(f"--lr-schedule-args: {name} has no {given!r}; {takes}.{hint}")
-    for wanted, parameter in parameters.items():
-        if parameter.default is parameter.empty and wanted not in arguments:
-            raise ValueError(f"--lr-schedule-args: {name} needs {wanted!r}; {takes}")
+class _Rehearsed(Optimizer):
+    """The groups of another optimizer, without its parameters."""
+
+    def __init__(self, other: Optimizer) -> None:
+        groups = [
+            {**group, "params": [nn.Parameter(torch.zeros(()))]} for group in other.param_groups
+        ]
+        super().__init__(groups, dict(other.defaults))
+
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """So that torch does not warn of schedules that are stepped before the optimizer."""
+
+    def check(self) -> None:
+        """Raises:
+        ValueError: a value that the stages would refuse.
+        """
+        for group in self.param_groups:
+            for name in ("lr", "momentum"):
+                checked(name, group.get(name, 0.0))
 
 
 def _rehearse(
-    make: Callable[..., Any], arguments: dict[str, Any], settings: Settings, steps: int
+    make: Callable[..., Any], arguments: dict[str, Any], other: Optimizer, steps: int
 ) -> None:
-    optimizer = DelayedSGD(
-        torch.nn.Linear(1, 1),
-        lr=settings.lr,
-        momentum=settings.momentum,
-        weight_decay=0.0,
-        nesterov=False,
-        beta=1.0,
-    )
+    optimizer = _Rehearsed(other)
     schedule = make(optimizer, **arguments)
-    optimizer.step()  # torch warns of schedules that are stepped before the optimizer
-    optimizer.hyper_row([])
+    optimizer.step()
+    optimizer.check()
     if isinstance(schedule, ReduceLROnPlateau):
         schedule.step(1.0)
         return
     for _ in range(steps):
         schedule.step()
-        optimizer.hyper_row([])  # which refuses a negative learning rate
+        optimizer.check()
 
 
 class Rate:

@@ -250,7 +250,7 @@ def _trainable(model: nn.Module, groups: ParameterGroups) -> tuple[list[int], li
 def _sgd_block(group: dict[str, Any], shrinks: Sequence[int]) -> list[float]:
     beta = _checked_beta(group["beta"])
     return [
-        *(_checked(name, group[name]) for name in ("lr", "momentum", "weight_decay")),
+        *(checked(name, group[name]) for name in ("lr", "momentum", "weight_decay")),
         float(bool(group["nesterov"])),
         *(beta**n for n in shrinks),
     ]
@@ -268,7 +268,12 @@ def _number(name: str, value: Any) -> float:
     return float(value)
 
 
-def _checked(name: str, value: Any) -> float:
+def checked(name: str, value: Any) -> float:
+    """``value`` as a number.
+
+    Raises:
+        TypeError, ValueError: it is none, negative, or not finite.
+    """
     number = _number(name, value)
     if not (math.isfinite(number) and number >= 0):
         raise ValueError(f"{name} must be a finite number, 0 or more; got {value!r}")

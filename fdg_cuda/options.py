@@ -190,6 +190,13 @@ def _integers(value: Any) -> tuple[int, ...]:
     return tuple(int(e) if isinstance(e, str) else _integer(e) for e in _entries(value))
 
 
+def _texts(value: Any) -> tuple[str, ...]:
+    texts = tuple(_instance(str)(entry) for entry in _entries(value))
+    if not all(texts) or not texts:
+        raise ValueError
+    return texts
+
+
 def _devices(value: Any) -> tuple[int | str, ...]:
     def device(entry: Any) -> int | str:
         if not isinstance(entry, str):
@@ -222,6 +229,7 @@ KINDS: dict[Any, Kind] = {
     float: Kind("a number", float, _number),
     bool: Kind("true or false", bool, _instance(bool)),
     tuple[int, ...]: Kind("whole numbers such as 3,7", str, _integers, _joined),
+    tuple[str, ...]: Kind("names separated by commas", str, _texts, _joined),
     tuple[int | str, ...]: Kind("devices such as cpu,cpu or 0,1", str, _devices, _joined),
     dict[str, Any]: Kind("a JSON object", str, _table, json.dumps),
 }

@@ -27,6 +27,7 @@ from fdg_cuda.recorder import Recorder
 from fdg_cuda.schedule import Schedule
 from fdg_cuda.stage import Stage
 from fdg_cuda.timeline import Lane
+from fdg_cuda.update_measures import UpdateMeasures
 
 LossFunction = Callable[[Tensor, Nested], Tensor]
 MAX_TICKS_IN_FLIGHT = 4
@@ -76,6 +77,7 @@ class Pipeline(ABC):
         self.results: list[tuple[float, int, int | None]] = []
         self.data_seconds = 0.0  # waited for the loader in this segment, with nothing left to do
         self._busy_before: list[float] | None = None  # per stream, when this segment began
+        self._measures: UpdateMeasures | None = None
 
     # -- for the subclasses ---------------------------------------------------------------------
 
@@ -104,6 +106,13 @@ class Pipeline(ABC):
             busy[lane.stage] += end - begin
         return tuple(busy)
 
+    def measure_updates(self, measures: UpdateMeasures) -> None:
+        """Let the stages measure their updates. Before the first segment."""
+        self._measures = measures
+        measures.begin_fit(self._schedule, [stage.replays for stage in self._all_stages])
+        for stage in self._all_stages:
+            stage.measure_updates(measures)
+
     def close(self) -> None:
         """End all streams. What has not begun is dropped."""
         self._scheduler.close()
@@ -131,6 +140,8 @@ class Pipeline(ABC):
         self.data_seconds = 0.0
         self._busy_before = self._scheduler.busy_seconds()
         self.results.clear()
+        if self._measures is not None:
+            self._measures.begin_segment()
         for stage in self._all_stages:
             stage.begin_epoch(self._schedule.first_slot(stage.index), first_batch)
         snapshots = [stage.snapshot() for stage in self._all_stages]
@@ -144,6 +155,7 @@ class Pipeline(ABC):
                 self._scheduler.synchronize()
                 self._gather(self._entered)
                 known(len(self.results))
+                self._end_measures()
                 drained = True
             finally:
                 self._interrupts.hold()
@@ -152,6 +164,7 @@ class Pipeline(ABC):
             self._check_weights()
         except NonFiniteLossError:
             self._scheduler.close()
+            self._end_measures()
             for stage, snapshot in zip(self._all_stages, snapshots, strict=True):
                 stage.restore(snapshot)
             raise
@@ -159,6 +172,11 @@ class Pipeline(ABC):
             if not drained:
                 self._scheduler.close()
             self._end_epoch()
+
+    def _end_measures(self) -> None:
+        """Nothing is running any more."""
+        if self._measures is not None:
+            self._measures.end_segment()
 
     def _end_epoch(self) -> None:
         for stage in self._all_stages:

@@ -9,6 +9,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from fdg_cuda._core import fit_begins, fit_ends
 from fdg_cuda.arguments import check_fit, check_stages
 from fdg_cuda.backward_weights import BackwardWeights
 from fdg_cuda.batches import Batches, Loader
-from fdg_cuda.callbacks import Callback, FunctionCallback, check_callbacks
+from fdg_cuda.callbacks import Callback, FunctionCallback, check_callbacks, measures_of
 from fdg_cuda.chain import (
     as_chain,
     check_parameters,
@@ -51,6 +52,7 @@ from fdg_cuda.split import balance, check_split
 from fdg_cuda.stage import Stage
 from fdg_cuda.timeline import Timeline
 from fdg_cuda.training_state import Parts, TrainingState
+from fdg_cuda.update_measures import UpdateMeasures
 
 logger = logging.getLogger("fdg_cuda")
 
@@ -283,6 +285,7 @@ class FDGRunner:
         self._check_model()
         check_scheduler(lr_scheduler, self.optimizer)
         listeners = [FunctionCallback(on_batch, on_epoch), *check_callbacks(callbacks)]
+        measures = measures_of(listeners)
         self._history = history = History()
         if epochs == 0:
             return history
@@ -299,7 +302,7 @@ class FDGRunner:
         batches = Batches(loader, epochs, state.before_reading if state else lambda: None)
         self._balance(batches)
         fit = Fit(
-            self._pipeline,
+            partial(self._pipeline, measures),
             batches,
             epochs,
             optimizer=self.optimizer,
@@ -366,9 +369,13 @@ class FDGRunner:
             self._cut(check_split(recipe["split"], len(self._layers), len(self._devices)))
 
     @contextmanager
-    def _pipeline(self, interrupts: Interrupts) -> Iterator[Pipeline]:
+    def _pipeline(
+        self, measures: UpdateMeasures | None, interrupts: Interrupts
+    ) -> Iterator[Pipeline]:
         pipeline = self._machine.pipeline(self._loss_fn, self.optimizer, interrupts, self._recorder)
         try:
+            if measures is not None:
+                pipeline.measure_updates(measures)
             yield pipeline
         finally:
             pipeline.close()

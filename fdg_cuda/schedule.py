@@ -116,6 +116,12 @@ class Schedule:
         """Updates the stage makes at most between a batch's forward and that batch's own update."""
         return -(-self._batches_between(stage) // self.accumulate)
 
+    def staleness_of(self, stage: int, batch: int) -> int:
+        """Updates the stage makes between the forward of ``batch``, counted from the latest fill, and
+        the update that it has a part in."""
+        backwards_before_forward = max(0, batch - self._batches_between(stage))
+        return batch // self.accumulate - backwards_before_forward // self.accumulate
+
     def slots(self, stage: int) -> int:
         """Batches the stage holds at once: max(1, D_k), and one more where the forward of a tick
         comes before its backward."""

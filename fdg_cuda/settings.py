@@ -6,6 +6,7 @@ A setting is one field of :class:`Settings`, and its entry there is all that the
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import shlex
 from collections.abc import Sequence
@@ -13,9 +14,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fdg_cuda.options import option, options_of
+from fdg_cuda.trace_window import read_window
 
 LONGEST_DEFAULT_WARMUP = 5  # epochs
 MOST_DEFAULT_WORKERS = 4
+DEFAULT_LR = 0.1
 
 # What --graphs may be, and what it is to the runner.
 GRAPHS: dict[str, str | bool] = {"auto": "auto", "on": True, "off": False}
@@ -24,15 +27,32 @@ GRAPHS: dict[str, str | bool] = {"auto": "auto", "on": True, "off": False}
 OWN_SCHEDULES = ("milestones", "cosine", "constant")
 PLATEAU = "ReduceLROnPlateau"
 
+OWN_OPTIMIZER = "sgd"  # what --optimizer may be beside the classes of torch.optim
+
 WHAT, SPLIT, OPTIMIZER, RUN = "What to train", "Split and method", "Optimizer", "Run"
-SCHEDULE, CHECKPOINTS = "Learning-rate schedule", "Checkpoints"
+SCHEDULE, CHECKPOINTS, VIEW = "Learning-rate schedule", "Checkpoints", "View"
 
 # Settings that do not decide what comes out, so that a run may go on with others.
-WITHOUT_EFFECT = ("data_root", "download", "out", "checkpoints", "keep", "workers")
+WITHOUT_EFFECT = (
+    *("data_root", "download", "out", "checkpoints", "keep"),
+    *("workers", "tensorboard", "trace", "log_stages"),
+)
 
 
 def _rising(milestones: Sequence[int]) -> bool:
     return all(a < b for a, b in itertools.pairwise((0, *milestones)))
+
+
+def _positive(value: float) -> bool:
+    return 0 < value < math.inf
+
+
+def _window(text: str) -> bool:
+    try:
+        read_window(text)
+    except ValueError:
+        return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -69,10 +89,47 @@ class Settings:
         "stash: a batch's backward uses the weights of its forward; current: those of the moment, "
         "with one weight copy; replay: likewise, and activations are computed again instead of kept.",
     )
-    lr: float = option(0.1, OPTIMIZER, "Learning rate.")
-    momentum: float = option(0.9, OPTIMIZER, "Momentum.")
-    weight_decay: float = option(5e-4, OPTIMIZER, "Weight decay.")
-    nesterov: bool = option(False, OPTIMIZER, "Nesterov momentum.")
+    optimizer: str = option(
+        OWN_OPTIMIZER,
+        OPTIMIZER,
+        f"{OWN_OPTIMIZER} (in a fused update), or a class of torch.optim, such as AdamW.",
+    )
+    optimizer_args: dict[str, Any] | None = option(
+        None,
+        OPTIMIZER,
+        "Arguments of a class of torch as JSON.",
+        takes='a JSON object such as {"weight_decay": 0.01}',
+    )
+    lr: float | None = option(
+        None, OPTIMIZER, "Learning rate.", shown=f"{DEFAULT_LR}; torch's own of a class of torch"
+    )
+    momentum: float = option(0.9, OPTIMIZER, f"{OWN_OPTIMIZER}: momentum.")
+    weight_decay: float = option(5e-4, OPTIMIZER, f"{OWN_OPTIMIZER}: weight decay.")
+    nesterov: bool = option(False, OPTIMIZER, f"{OWN_OPTIMIZER}: Nesterov momentum.")
+    no_decay: tuple[str, ...] | None = option(
+        None,
+        OPTIMIZER,
+        "Parameters without weight decay: norm, bias, or patterns of names, such as norm,bias.",
+        shown="none",
+        takes="norm, bias, or patterns of parameters' names, separated by commas, such as norm,bias",
+    )
+    clip_norm: float | None = option(
+        None,
+        OPTIMIZER,
+        "Scale each stage's gradients down to this norm.",
+        takes="a number above 0",
+        allowed=_positive,
+    )
+    clip_value: float | None = option(
+        None,
+        OPTIMIZER,
+        "Cut the elements of gradients to this magnitude.",
+        takes="a number above 0",
+        allowed=_positive,
+    )
+    accumulate: int = option(
+        1, OPTIMIZER, "Batches per update, which takes the mean of their gradients.", least=1
+    )
     lr_schedule: str = option(
         "milestones",
         SCHEDULE,
@@ -150,6 +207,23 @@ class Settings:
         least=1,
     )
     keep: int = option(3, CHECKPOINTS, "How many are kept, besides the best.", least=1)
+    tensorboard: bool = option(
+        False, VIEW, "Write curves into the folder tensorboard of --out, for TensorBoard."
+    )
+    trace: str | None = option(
+        None,
+        VIEW,
+        "Record ticks A to B-1 as trace.json (Perfetto) and trace.png: A:B, such as 100:150.",
+        takes="a window of ticks A:B with A below B, such as 100:150 for ticks 100 to 149",
+        allowed=_window,
+    )
+    log_stages: int | None = option(
+        None,
+        VIEW,
+        "Write staleness and update-to-weight ratio of every stage to stages.csv, every so many "
+        "batches.",
+        least=1,
+    )
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> Settings:
@@ -180,6 +254,8 @@ class Settings:
                 meaningless. What the runner, the models or the data sets check is left to them.
         """
         settings = replace(self, **accepted(vars(self)))
+        settings._check_optimizer()
+        settings = replace(settings, lr=settings._lr())
         settings._check_schedule()
         if settings.checkpoint_every is not None and not settings.checkpoints:
             raise ValueError("--checkpoint-every and --no-checkpoints exclude each other; give one")
@@ -219,6 +295,38 @@ class Settings:
                 words += entry.words(value)
         return shlex.join(words)
 
+    def _lr(self) -> float:
+        if self.lr is not None:
+            return self.lr
+        if self.optimizer == OWN_OPTIMIZER:
+            return DEFAULT_LR
+        from fdg_cuda.named_optimizer import default_lr
+
+        return default_lr(self.optimizer)
+
+    def _check_optimizer(self) -> None:
+        """As :meth:`_check_schedule`."""
+        table = options_of(type(self))
+        own = self.optimizer == OWN_OPTIMIZER
+        if own and self.optimizer_args:
+            raise ValueError(
+                f"--optimizer-args are for a class of torch.optim; {OWN_OPTIMIZER} has options of its "
+                f"own, which the help names"
+            )
+        if "lr" in (self.optimizer_args or {}):
+            raise ValueError("the learning rate is given by --lr, not in --optimizer-args")
+        for name in ("momentum", "weight_decay", "nesterov"):
+            if not own and getattr(self, name) != table[name].default:
+                raise ValueError(
+                    f"{table[name].flag} is for --optimizer {OWN_OPTIMIZER}, and would do nothing with "
+                    f"{self.optimizer}; leave it out, and give what {self.optimizer} takes as "
+                    f"--optimizer-args, such as '{{\"weight_decay\": 0.01}}'"
+                )
+        if own and self.no_decay and self.weight_decay == 0:
+            raise ValueError("--no-decay would do nothing with --weight-decay 0; leave it out")
+        if self.clip_norm is not None and self.clip_value is not None:
+            raise ValueError("--clip-norm and --clip-value exclude each other; give one")
+
     def _check_schedule(self) -> None:
         """A setting that would have no effect is a mistake."""
         table = options_of(type(self))
@@ -239,7 +347,7 @@ class Settings:
                 f"--lr-schedule-args are for a class of torch.optim.lr_scheduler; "
                 f"{self.lr_schedule} has options of its own, which the help names"
             )
-        if self.min_lr > max(self.lr, 0.0):  # the optimizer refuses a negative --lr
+        if self.min_lr > max(self.lr or 0.0, 0.0):  # the optimizer refuses a negative --lr
             raise ValueError(f"--min-lr must be at most --lr, {self.lr}; got {self.min_lr}")
         if self.lr_schedule == PLATEAU and self.lr_step == "batch":
             raise ValueError(

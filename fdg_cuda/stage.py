@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +30,7 @@ from fdg_cuda.optim import DelayedOptimizer, DelayedTorch
 from fdg_cuda.parameter_sites import ParameterSites, graph_leaves
 from fdg_cuda.randomness import RandomState
 from fdg_cuda.stage_optimizer import FusedSgd, StageOptimizer, State, TorchOptimizer
+from fdg_cuda.update_measures import UpdateMeasures, UpdateMeter
 
 # Gives (output, batch) of the last stage to whoever computes the loss; returns the scalar loss.
 LossOfBatch = Callable[[Tensor, int], Tensor]
@@ -63,6 +65,9 @@ class Stage(ABC):
         mode: which weights a backward uses.
         rule: how it comes from gradients to an update.
         device: where its parameters, activations and gradients lie.
+
+    Attributes:
+        replays: whether its backward runs the forward again.
     """
 
     def __init__(
@@ -82,8 +87,9 @@ class Stage(ABC):
         self._stash = mode.copy_per_slot
         self._rule = rule
         self._gradients: Gradients | None = None  # of the running fit, if Python has a part in it
+        self._meter: UpdateMeter | None = None  # of the running fit, if updates are measured
         self._copies = slots if self._stash else 1
-        self._replays = mode.replays(slots)
+        self.replays = mode.replays(slots)
         self.memory = self._lay_out()
         self._sites = ParameterSites(self.layers, self.memory.parameters)
         self._kept = KeptState()
@@ -125,6 +131,15 @@ class Stage(ABC):
         gain = None if self._gradients is None else self._gradients.gain
         return {"groups": groups, "gain": gain}
 
+    def measure_updates(self, measures: UpdateMeasures) -> None:
+        """Measure updates of this ``fit``, of which none was enqueued yet."""
+        if self.memory.parameters:
+            self._meter = UpdateMeter(self.memory, self.index, measures)
+
+    @property
+    def _updates_in_python(self) -> bool:
+        return self._gradients is not None or self._meter is not None
+
     def optimizer_state(self) -> dict[nn.Parameter, dict[str, Any]]:
         """What the optimizer remembers of each parameter it has updated, frozen ones included: copies
         of tensors, and plain values. Of the fused SGD that is ``momentum_buffer``, of the parameter's
@@ -160,7 +175,7 @@ class Stage(ABC):
     def end_fit(self) -> None:
         """Let go of what only a running ``fit`` needs."""
         self.loss = None
-        self._gradients = None
+        self._gradients = self._meter = None
 
     def begin_epoch(self, first_slot: int, first_batch: int) -> None:
         """Take the caller's weights into the slot that is forwarded first. The actions' batches
@@ -273,7 +288,7 @@ class Stage(ABC):
         leaf = self._take_input(batch)
         held = self._slots[slot]
         held.input = leaf
-        if self._replays:
+        if self.replays:
             held.random_state = self.random_state()
             with torch.no_grad():
                 _, output = self._compute(leaf, batch)
@@ -342,7 +357,7 @@ class Stage(ABC):
         # a plain backward.
         if self.is_last or error is not None:
             with said_where(f"the backward of {self._named(batch)}"):
-                if self._replays:
+                if self.replays:
                     assert leaf is not None
                     root = self._forward_again(leaf, copy, batch, random_state)
                 assert root is not None
@@ -357,8 +372,13 @@ class Stage(ABC):
     def _update(self, source: int, copy: int, row: int, batch: int) -> None:
         """The update of ``batch`` where Python has a part in it: from weight copy ``source`` into
         ``copy``, with the gradients of ``row``."""
-        assert self._gradients is not None
-        with said_where(f"the update of {self._named(batch)}"):
+        measuring = (
+            nullcontext() if self._meter is None else self._meter.around(source, copy, batch)
+        )
+        with said_where(f"the update of {self._named(batch)}"), measuring:
+            if self._gradients is None:
+                self._update_natively(source, copy, row, batch)
+                return
             ready = self._gradients.prepare(batch)
             if isinstance(self._optimizer, TorchOptimizer):
                 self._optimizer.update(source, copy, ready, self._gradients.hyper.values(batch))

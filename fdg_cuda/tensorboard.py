@@ -49,8 +49,9 @@ class TensorBoard(Callback):
         self._began = False
         self._step = 0
 
-    def log(self, name: str, value: float) -> None:
-        """A point of the curve ``name`` (such as ``"test/accuracy"``) at the present step.
+    def log(self, name: str, value: float, step: int | None = None) -> None:
+        """A point of the curve ``name`` (such as ``"test/accuracy"``) at ``step``, by default the
+        present one.
 
         In a callback of yours during ``fit``, or after a ``fit``.
 
@@ -63,7 +64,7 @@ class TensorBoard(Callback):
                 f"begins; call it in a callback's on_fit_start, behind TensorBoard in the list"
             )
         with self._open() as writer:
-            writer.add_scalar(name, value, self._step)
+            writer.add_scalar(name, value, self._step if step is None else step)
 
     @contextmanager
     def _open(self) -> Iterator[SummaryWriter]:

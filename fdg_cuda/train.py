@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import platform
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,14 +15,13 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from fdg_cuda import __version__, data, lr_schedule, models
-from fdg_cuda.callbacks import Callback, FitStart
+from fdg_cuda import __version__, data, lr_schedule, models, named_optimizer
 from fdg_cuda.checkpoints import Checkpoints
 from fdg_cuda.devices import parse_devices
 from fdg_cuda.errors import CheckpointError, NonFiniteLossError, TrainingStopped
-from fdg_cuda.metrics import BatchResult, EpochResult
+from fdg_cuda.metrics import EpochResult
 from fdg_cuda.options import options_of
-from fdg_cuda.progress import PlainProgress, make_progress
+from fdg_cuda.progress import make_progress
 from fdg_cuda.report import (
     EpochRow,
     best_epoch,
@@ -29,11 +30,19 @@ from fdg_cuda.report import (
     write_metrics,
     write_settings,
 )
+from fdg_cuda.reporting import Reporting
 from fdg_cuda.runner import FDGRunner
 from fdg_cuda.settings import GRAPHS, WITHOUT_EFFECT, Settings
+from fdg_cuda.stage_log import StageLog
+from fdg_cuda.tensorboard import TensorBoard
+from fdg_cuda.timeline import Timeline
+from fdg_cuda.trace_window import read_window
 from fdg_cuda.weights import finite, save_weights
 
 TEST_BATCH_SIZE = 512
+
+# In the folder of the results.
+TENSORBOARD, STAGES, TRACE, PICTURE = "tensorboard", "stages.csv", "trace.json", "trace.png"
 
 
 @dataclass(frozen=True)
@@ -79,6 +88,9 @@ class Training:
         devices, threads = settings.devices or (), settings.threads or 1
         parsed = parse_devices(devices)  # before the data, which may take long to load
         lr_schedule.check_name(settings.lr_schedule)
+        named_optimizer.check(settings)
+        self.out = Path(str(settings.out))
+        self._board = TensorBoard(self.out / TENSORBOARD) if settings.tensorboard else None
         spec = data.load(settings.data, settings.data_root, download=settings.download)
         torch.set_num_threads(threads)
         torch.manual_seed(settings.seed)
@@ -111,14 +123,10 @@ class Training:
             devices,
             method=settings.method,
             split=settings.split,
-            lr=settings.lr,
-            momentum=settings.momentum,
-            weight_decay=settings.weight_decay,
-            nesterov=settings.nesterov,
-            beta=settings.beta,
             backward_weights=settings.backward_weights,
             cpu_threads=threads if parsed[0].type == "cpu" else None,
             graphs=GRAPHS[settings.graphs],
+            **named_optimizer.runner_options(settings, self.model),
         )
         optimizer = self.runner.optimizer
         schedule = lr_schedule.from_settings(optimizer, settings, len(self._train))
@@ -136,10 +144,12 @@ class Training:
         self._rows: list[EpochRow] = []
         self._saved_rows = 0
         self._files: list[str] = []
-        self.out = Path(str(settings.out))
         if self.out.exists() and not self.out.is_dir():
             raise ValueError(f"--out {self.out} is a file; name a folder, which may exist or not")
         self.out.mkdir(parents=True, exist_ok=True)
+        self._stage_log = None
+        if settings.log_stages is not None:
+            self._stage_log = StageLog(self.out / STAGES, settings.log_stages, self._board)
         self._checkpoints = None
         if settings.checkpoints:
             self._checkpoints = Checkpoints(
@@ -161,7 +171,7 @@ class Training:
         """Train to the end, or until Ctrl-C or a loss that is not finite, and write the files.
 
         metrics.csv, settings.json and weights.safetensors are written after every epoch,
-        curves.png at the end.
+        curves.png at the end, and what else the settings ask for.
 
         Raises:
             OSError: a file cannot be written.
@@ -175,13 +185,13 @@ class Training:
         status, message = "finished", ""
         begin = time.perf_counter()
         try:
-            with progress, self._train:
+            with self._tracing(console), progress, self._train:
                 self.runner.fit(
                     self._train,
                     settings.epochs,
                     lr_scheduler=self._rate,
                     lr_step=str(settings.lr_step),
-                    callbacks=[_Reporting(self, progress)],
+                    callbacks=[Reporting(self, progress, self._board, self._stage_log)],
                     checkpoints=self._checkpoints,
                 )
         except TrainingStopped as stopped:
@@ -195,7 +205,30 @@ class Training:
         if self._saved_rows < max(1, len(self._rows)):
             self._save()
         draw_curves(self._file("curves.png"), self._rows, self._title())
+        for name in (TENSORBOARD if self._board else "", STAGES if self._stage_log else ""):
+            if name and (self.out / name).exists():
+                self._file(name)
         return Outcome(status, self._rows, seconds, self._files, self.settings, message)
+
+    @contextmanager
+    def _tracing(self, console: Console) -> Iterator[None]:
+        """Within it the ticks that the settings name are recorded."""
+        if self._settings.trace is None:
+            yield
+            return
+        skip, ticks = read_window(self._settings.trace)
+        path = self.out / TRACE
+        timeline: Timeline | None = None
+        try:
+            with self.runner.trace(path, skip=skip, ticks=ticks) as timeline:
+                yield
+        finally:
+            if timeline is not None and timeline.epochs:
+                note = f" ({timeline.note})" if timeline.note else ""
+                console.print(
+                    f"{timeline.ticks} ticks from {skip} on{note}: {self._file(TRACE)} opens in "
+                    f"https://ui.perfetto.dev, {self._file(PICTURE)} is a picture of them"
+                )
 
     def finish_epoch(self, result: EpochResult) -> EpochRow:
         """Test, and write the files; returns the epoch's row."""
@@ -255,6 +288,7 @@ class Training:
         lines["method"] = settings.method
         if settings.method != "bp":
             lines["method"] += f", beta {settings.beta:g}, {settings.backward_weights} weights"
+        lines["optimizer"] = named_optimizer.described(settings)
         best = best_epoch(rows)
         if best is not None:
             lines["test accuracy"] = (
@@ -315,26 +349,3 @@ class Training:
         stages = len(settings.devices or ())
         plural = "s" if stages != 1 else ""
         return f"{settings.model} on {settings.data}, {settings.method} in {stages} stage{plural}"
-
-
-class _Reporting(Callback):
-    """Brings ``fit`` and the run's files, rows and progress together."""
-
-    def __init__(self, training: Training, progress: PlainProgress) -> None:
-        self._training = training
-        self._progress = progress
-
-    def on_fit_start(self, start: FitStart) -> None:
-        self._progress.start(start)
-
-    def on_batch_end(self, result: BatchResult) -> None:
-        self._progress.batch(result)
-
-    def on_epoch_end(self, result: EpochResult) -> None:
-        self._progress.epoch(self._training.finish_epoch(result))
-
-    def state_dict(self) -> dict[str, Any]:
-        return self._training.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._training.load_state_dict(state)

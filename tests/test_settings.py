@@ -15,6 +15,11 @@ SET = {
     "data_root": "somewhere",
     "devices": (0, "cpu:1"),
     "split": (3,),
+    "optimizer_args": {"betas": [0.8, 0.9]},
+    "lr": 1e-5,
+    "no_decay": ("norm", "*.bias"),
+    "clip_norm": 0.5,
+    "clip_value": 1e-3,
     "milestones": (2, 5),
     "warmup_epochs": 0,
     "lr_schedule_args": {"gamma": 0.5, "a": [1, None]},
@@ -24,6 +29,8 @@ SET = {
     "out": "a b",
     "checkpoint_every": 50,
     "workers": 2,
+    "trace": "100:150",
+    "log_stages": 10,
 }
 
 
@@ -54,7 +61,7 @@ def test_every_optional_setting_is_in_this_file() -> None:
     assert SET.keys() == {name for name, entry in TABLE.items() if entry.optional}
 
 
-@pytest.mark.parametrize("settings", [Settings(), Settings(**SET, nesterov=True, lr=1e-5)])
+@pytest.mark.parametrize("settings", [Settings(), Settings(**SET, nesterov=True)])
 def test_the_command_of_settings_gives_these_settings(settings: Settings) -> None:
     words = shlex.split(settings.command())
     assert words[:2] == ["fdg-cuda", "train"]
@@ -63,7 +70,8 @@ def test_the_command_of_settings_gives_these_settings(settings: Settings) -> Non
     while position < len(words):
         flag = words[position]
         value: Any = not flag.startswith("--no-")
-        name = flag.removeprefix("--no-").removeprefix("--").replace("-", "_")
+        name = flag.removeprefix("--").replace("-", "_")
+        name = name if name in TABLE else name.removeprefix("no_")
         position += 1
         entry = TABLE[name]
         if entry.kind.python is not bool:
@@ -89,6 +97,16 @@ def test_the_command_of_settings_gives_these_settings(settings: Settings) -> Non
         ({"devices": ()}, "--devices takes one device per stage.*got \\[\\]"),
         ({"devices": ("cpu", 1.5)}, "--devices takes"),
         ({"split": "1,,2"}, "--split takes auto, or"),
+        ({"no_decay": "norm,,bias"}, "--no-decay takes norm, bias, or patterns"),
+        ({"no_decay": ()}, "--no-decay takes norm, bias, or patterns"),
+        ({"no_decay": (3,)}, "--no-decay takes norm, bias, or patterns"),
+        ({"clip_norm": 0.0}, "--clip-norm takes a number above 0; got 0.0"),
+        ({"clip_value": float("inf")}, "--clip-value takes a number above 0"),
+        ({"accumulate": 0}, "--accumulate takes a whole number of at least 1; got 0"),
+        ({"optimizer_args": "[1]"}, "--optimizer-args takes a JSON object such as"),
+        ({"log_stages": 0}, "--log-stages takes a whole number of at least 1; got 0"),
+        ({"trace": "150:100"}, "--trace takes a window of ticks A:B .*got '150:100'"),
+        ({"trace": "100"}, "--trace takes a window of ticks A:B .*got '100'"),
         ({"seed": 2**63}, "--seed takes"),
         ({"lr_schedule_args": {1: 2}}, "--lr-schedule-args takes a JSON object"),
         ({"lr_schedule_args": "[1]"}, "--lr-schedule-args takes a JSON object"),
@@ -109,6 +127,7 @@ def test_lists_become_tuples_and_whole_numbers_numbers() -> None:
 
 STEP = {"lr_schedule": "StepLR"}
 COSINE = {"lr_schedule": "cosine"}
+ADAMW = {"optimizer": "AdamW"}
 
 
 @pytest.mark.parametrize(
@@ -121,8 +140,27 @@ COSINE = {"lr_schedule": "cosine"}
         ({**COSINE, "lr_schedule_args": {"a": 1}}, "--lr-schedule-args are for a class"),
         ({**COSINE, "min_lr": 0.2}, "--min-lr must be at most --lr, 0.1; got 0.2"),
         ({"lr_schedule": "ReduceLROnPlateau", "lr_step": "batch"}, "leave --lr-step out"),
+        ({"optimizer_args": {"eps": 1.0}}, "--optimizer-args are for a class of torch.optim; sgd"),
+        ({**ADAMW, "optimizer_args": {"lr": 0.1}}, "given by --lr, not in --optimizer-args"),
+        ({**ADAMW, "momentum": 0.5}, "--momentum is for --optimizer sgd, .* with AdamW; leave"),
+        ({**ADAMW, "weight_decay": 0.1}, "--weight-decay is for --optimizer sgd.*--optimizer-args"),
+        ({**ADAMW, "nesterov": True}, "--nesterov is for --optimizer sgd"),
+        ({**ADAMW, **COSINE, "min_lr": 0.01}, "--min-lr must be at most --lr, 0.001; got 0.01"),
+        ({"no_decay": ("norm",), "weight_decay": 0.0}, "--no-decay would do nothing"),
+        ({"clip_norm": 1.0, "clip_value": 1.0}, "--clip-norm and --clip-value exclude each other"),
+        ({"optimizer": "adamw"}, "Unknown optimizer 'adamw'. Did you mean 'AdamW'"),
     ],
 )
 def test_settings_that_would_do_nothing(given: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         Settings(**given).completed(threads=1)
+
+
+@pytest.mark.parametrize(
+    ("given", "lr"),
+    [({}, 0.1), (ADAMW, 1e-3), ({"optimizer": "Adadelta"}, 1.0), ({**ADAMW, "lr": 0.5}, 0.5)],
+)
+def test_the_learning_rate_is_by_default_the_optimizers(given: dict[str, Any], lr: float) -> None:
+    completed = Settings(**given).completed(threads=1)
+    assert completed.lr == lr
+    assert completed.completed(threads=1) == completed

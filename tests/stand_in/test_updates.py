@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from chains import batches, even_split, largest_difference, mlp
 from torch import nn
 
-from fdg_cuda import FDGRunner, _core
+from fdg_cuda import FDGRunner, StageLog, _core
 from fdg_cuda.flat import FlatMemory
 
 TOLERANCE = 1e-10
@@ -124,3 +125,37 @@ def test_several_batches_per_update(
         stages, accumulate=accumulate, backward_weights=backward_weights, beta=0.7, **options
     )
     assert difference < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"graphs": True},
+        {"graphs": True, "backward_weights": "current"},
+        {"graphs": False, "backward_weights": "replay"},
+        {"optimizer": adamw, "accumulate": 2},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("stages", [1, 3])
+def test_the_log_of_stages(tmp_path: Path, stages: int, options: dict[str, Any]) -> None:
+    """Its figures are those of CPU stages, and training is the same, as graphs too."""
+    texts, results = [], []
+    for device, logged in (("cpu", True), (0, True), (0, False)):
+        log = StageLog(tmp_path / f"{device}.csv", every=2)
+        rate = {} if "optimizer" in options else {"lr": 0.05}
+        of_device = {key: options[key] for key in options if key != "graphs" or device != "cpu"}
+        runner = FDGRunner(
+            mlp(), [device] * stages, split=even_split(8, stages), **rate, **of_device
+        )
+        runner.fit(batches(9), epochs=2, callbacks=[log] if logged else [])
+        results.append(runner.state_dict())
+        texts.append((tmp_path / f"{device}.csv").read_text().splitlines())
+    assert largest_difference(results[1], results[2]) == 0
+    assert texts[1] == texts[2]
+    on_cpu, on_cuda = texts[0], texts[1]
+    assert len(on_cpu) == len(on_cuda) > 8 * stages
+    for cpu, cuda in zip(on_cpu[1:], on_cuda[1:], strict=True):
+        assert cpu.split(",")[:5] == cuda.split(",")[:5]
+        figures = [float(value) for value in cpu.split(",")[5:]]
+        assert [float(value) for value in cuda.split(",")[5:]] == pytest.approx(figures, rel=1e-9)
