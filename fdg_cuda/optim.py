@@ -109,9 +109,9 @@ class DelayedSGD(DelayedOptimizer):
         param_groups: GroupRule | None = None,
     ) -> None:
         defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "weight_decay": weight_decay,
+            "lr": _undefaulted(lr),
+            "momentum": _undefaulted(momentum),
+            "weight_decay": _undefaulted(weight_decay),
             "nesterov": nesterov,
             "beta": beta,
         }
@@ -234,6 +234,11 @@ def make_optimizer(
 
 class Default(float):
     """A default that can be told from the same number given."""
+
+
+def _undefaulted(value: float) -> float:
+    # A checkpoint holds plain numbers only.
+    return float(value) if isinstance(value, Default) else value
 
 
 def _trainable(model: nn.Module, groups: ParameterGroups) -> tuple[list[int], list[nn.Parameter]]:
