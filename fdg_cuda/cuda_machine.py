@@ -26,6 +26,7 @@ from fdg_cuda.machine import Machine
 from fdg_cuda.nested import Nested, moved
 from fdg_cuda.optim import DelayedOptimizer
 from fdg_cuda.pipeline import LossFunction, Pipeline
+from fdg_cuda.precision import Precision
 from fdg_cuda.recorder import Recorder
 from fdg_cuda.schedule import Schedule
 from fdg_cuda.split import measure
@@ -59,9 +60,10 @@ class CudaMachine(Machine):
         ordinals: Sequence[int],
         *,
         rule: UpdateRule,
+        precision: Precision,
         graphs: str | bool,
     ) -> None:
-        super().__init__(schedule, mode, rule=rule)
+        super().__init__(schedule, mode, rule=rule, precision=precision)
         self._ordinals = list(ordinals)
         if graphs == "auto" and rule.needs_python:
             logger.info("stages run eagerly, not as captured graphs: %s", rule.needs_python)
@@ -96,6 +98,7 @@ class CudaMachine(Machine):
                 self.schedule.slots(k),
                 mode=self.mode,
                 rule=self.rule,
+                precision=self.precision,
                 ordinal=ordinal,
             )
             for k, (part, ordinal) in enumerate(zip(parts, self._ordinals, strict=True))
@@ -152,6 +155,7 @@ class CudaMachine(Machine):
                 (moved(batch[0], device), moved(batch[1], device)),
                 loss_fn,
                 threads=torch.get_num_threads(),
+                precision=self.precision,
                 synchronize=lambda: accelerator().synchronize(ordinal),
                 random_devices=[ordinal] if device.type == "cuda" else [],
             )
@@ -170,19 +174,29 @@ class CudaMachine(Machine):
                     layer.to("cpu")
                 host = torch.device("cpu")
                 cpu = (moved(batch[0], host), moved(batch[1], host))
-                return measure(layers, cpu, loss_fn, threads=torch.get_num_threads())
+                return measure(
+                    layers,
+                    cpu,
+                    loss_fn,
+                    threads=torch.get_num_threads(),
+                    precision=self.precision,
+                )
 
-        return remembered(layers, batch, 1, measured, device=accelerator().name(ordinal))
+        name = accelerator().name(ordinal)
+        return remembered(layers, batch, 1, measured, device=name, precision=self.precision)
 
     def forward(self, model: nn.Sequential, x: Nested) -> Tensor:
         if not self._stages:
             # On the CPU, or where its layers were measured.
-            output: Tensor = model(moved(x, next(model.parameters()).device))
+            device = next(model.parameters()).device
+            with self.precision.autocast(device.type):
+                output: Tensor = model(moved(x, device))
             return output
         for stage in self._stages:
             x = moved(x, stage.device)
-            for layer in stage.layers:
-                x = layer(x)
+            with stage.precision.autocast(stage.device.type):
+                for layer in stage.layers:
+                    x = layer(x)
         result: Tensor = x
         return result
 

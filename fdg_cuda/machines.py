@@ -9,6 +9,7 @@ import torch
 from fdg_cuda.backward_weights import BackwardWeights
 from fdg_cuda.gradients import UpdateRule
 from fdg_cuda.machine import CpuMachine, Machine
+from fdg_cuda.precision import Precision
 from fdg_cuda.schedule import Schedule
 
 
@@ -18,6 +19,7 @@ def make_machine(
     mode: BackwardWeights,
     *,
     rule: UpdateRule,
+    precision: Precision,
     cpu_threads: int | None,
     graphs: str | bool,
 ) -> Machine:
@@ -32,7 +34,7 @@ def make_machine(
                 "graphs=True asks for CUDA graphs, but the devices are CPUs; leave graphs out, or name "
                 "CUDA devices"
             )
-        return CpuMachine(schedule, mode, rule=rule, cpu_threads=cpu_threads)
+        return CpuMachine(schedule, mode, rule=rule, precision=precision, cpu_threads=cpu_threads)
     if cpu_threads is not None:
         raise ValueError(
             "cpu_threads is for stages on the CPU, but these devices are CUDA ones; leave it out"
@@ -45,7 +47,7 @@ def make_machine(
     from fdg_cuda.cuda_machine import CudaMachine
 
     ordinals = [device.index for device in devices]
-    return CudaMachine(schedule, mode, ordinals, rule=rule, graphs=graphs)
+    return CudaMachine(schedule, mode, ordinals, rule=rule, precision=precision, graphs=graphs)
 
 
 def check_options(graphs: object, cpu_threads: object) -> None:

@@ -44,6 +44,7 @@ from fdg_cuda.metrics import (
 from fdg_cuda.nested import Nested
 from fdg_cuda.optim import Default, DelayedOptimizer, check_scheduler, make_optimizer
 from fdg_cuda.pipeline import LossFunction, Pipeline
+from fdg_cuda.precision import parse_precision
 from fdg_cuda.recorder import Recorder
 from fdg_cuda.schedule import Schedule
 from fdg_cuda.shares import Shares
@@ -90,6 +91,9 @@ class FDGRunner:
             those of the moment too, but the forward is run again with them (Features Replay), so that
             of a batch in flight a stage keeps its input instead of all activations. Stages without
             delay (the last one; all in ``"bp"``) need not.
+        precision: ``"float32"``: every layer in the dtype it has. ``"bfloat16"``: forward and loss of
+            every stage, and so ``evaluate`` and ``predict``, run under ``torch.autocast``; weights,
+            their gradients and the update stay float32.
         cpu_threads: cores that CPU stages share; default ``torch.get_num_threads()``. Each stage
             computes with ``cpu_threads // K`` of them, at least 1; ``"bp"``, whose stages take turns,
             with all.
@@ -129,6 +133,7 @@ class FDGRunner:
         clip_norm: float | None = None,
         clip_value: float | None = None,
         backward_weights: str = "stash",
+        precision: str = "float32",
         cpu_threads: int | None = None,
         graphs: str | bool = "auto",
     ) -> None:
@@ -140,11 +145,13 @@ class FDGRunner:
         self._schedule = Schedule(method, len(self._devices), accumulate)
         check_stages(backward_weights, len(self._layers), len(self._devices))
         check_parameters(self._model, on_cpu=self._devices[0].type == "cpu")
+        self._precision = parse_precision(precision, self._model)
         self._machine = make_machine(
             self._devices,
             self._schedule,
             BackwardWeights(backward_weights),
             rule=rule,
+            precision=self._precision,
             cpu_threads=cpu_threads,
             graphs=graphs,
         )
@@ -188,6 +195,11 @@ class FDGRunner:
     def stages(self) -> list[Stage]:
         """The stages, in order; empty before the model was cut."""
         return list(self._stages)
+
+    @property
+    def precision(self) -> str:
+        """In which the stages compute."""
+        return self._precision.value
 
     @property
     def history(self) -> History | None:
@@ -354,6 +366,7 @@ class FDGRunner:
             "stages": self._schedule.stages,
             "split": self._split,
             "backward_weights": self._backward_weights,
+            "precision": self._precision.value,
             "optimizer": self.optimizer.kind,
             "accumulate": self._rule.accumulate,
             "clip_norm": self._rule.clip_norm,

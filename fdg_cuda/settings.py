@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fdg_cuda.options import option, options_of
+from fdg_cuda.precision import PRECISIONS
 
 LONGEST_DEFAULT_WARMUP = 5  # epochs
 
@@ -67,6 +68,12 @@ class Settings:
         SPLIT,
         "stash: a batch's backward uses the weights of its forward; current: those of the moment, "
         "with one weight copy; replay: likewise, and activations are computed again instead of kept.",
+    )
+    precision: str = option(
+        "float32",
+        SPLIT,
+        "float32, or bfloat16: forwards and losses under torch.autocast.",
+        choices=PRECISIONS,
     )
     lr: float = option(0.1, OPTIMIZER, "Learning rate.")
     momentum: float = option(0.9, OPTIMIZER, "Momentum.")

@@ -27,6 +27,7 @@ from fdg_cuda.layout import Step
 from fdg_cuda.nested import Nested, map_tensors, repacked, tensors
 from fdg_cuda.optim import DelayedOptimizer, DelayedTorch
 from fdg_cuda.parameter_sites import ParameterSites, graph_leaves
+from fdg_cuda.precision import Precision
 from fdg_cuda.randomness import RandomState
 from fdg_cuda.stage_optimizer import FusedSgd, StageOptimizer, State, TorchOptimizer
 
@@ -62,6 +63,7 @@ class Stage(ABC):
         slots: batches it holds at once.
         mode: which weights a backward uses.
         rule: how it comes from gradients to an update.
+        precision: in which forward and loss compute.
         device: where its parameters, activations and gradients lie.
     """
 
@@ -73,6 +75,7 @@ class Stage(ABC):
         *,
         mode: BackwardWeights,
         rule: UpdateRule,
+        precision: Precision,
         device: torch.device,
     ) -> None:
         self.index = index
@@ -81,6 +84,7 @@ class Stage(ABC):
         self._slots = [Slot() for _ in range(slots)]
         self._stash = mode.copy_per_slot
         self._rule = rule
+        self.precision = precision
         self._gradients: Gradients | None = None  # of the running fit, if Python has a part in it
         self._copies = slots if self._stash else 1
         self._replays = mode.replays(slots)
@@ -302,12 +306,14 @@ class Stage(ABC):
 
     def _compute(self, leaf: Nested, batch: int) -> tuple[Tensor, Tensor]:
         """What a backward starts from (at the last stage the loss), and the stage's output."""
-        with said_where(f"the forward of {self._named(batch)}"):
+        autocast = self.precision.autocast(self.device.type)
+        with said_where(f"the forward of {self._named(batch)}"), autocast:
             output = self._run_layers(leaf, batch)
         if not self.is_last:
             return output, output.detach()
         assert self.loss is not None
-        with said_where(f"the loss of batch {self._first_batch + batch}"):
+        autocast = self.precision.autocast(self.device.type)
+        with said_where(f"the loss of batch {self._first_batch + batch}"), autocast:
             return self.loss(output, batch), output.detach()
 
     def _run_layers(self, leaf: Nested, batch: int) -> Tensor:

@@ -114,6 +114,7 @@ class Training:
             nesterov=settings.nesterov,
             beta=settings.beta,
             backward_weights=settings.backward_weights,
+            precision=settings.precision,
             cpu_threads=threads if parsed[0].type == "cpu" else None,
             graphs=GRAPHS[settings.graphs],
         )
@@ -251,6 +252,8 @@ class Training:
         lines["method"] = settings.method
         if settings.method != "bp":
             lines["method"] += f", beta {settings.beta:g}, {settings.backward_weights} weights"
+        if settings.precision != "float32":
+            lines["precision"] = settings.precision
         best = best_epoch(rows)
         if best is not None:
             lines["test accuracy"] = (
