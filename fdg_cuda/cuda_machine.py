@@ -22,6 +22,7 @@ from fdg_cuda.inference import Finish, one_by_one
 from fdg_cuda.interrupts import Interrupts
 from fdg_cuda.layer_times import remembered
 from fdg_cuda.layout import replaying
+from fdg_cuda.loss_scale import LossScale
 from fdg_cuda.machine import Machine
 from fdg_cuda.nested import Nested, moved
 from fdg_cuda.optim import DelayedOptimizer
@@ -113,6 +114,7 @@ class CudaMachine(Machine):
         optimizer: DelayedOptimizer,
         interrupts: Interrupts,
         recorder: Recorder | None,
+        loss_scale: LossScale | None = None,
     ) -> Pipeline:
         return CudaPipeline(
             self.schedule,
@@ -124,6 +126,7 @@ class CudaMachine(Machine):
             graphs=self._graphs,
             interrupts=interrupts,
             recorder=recorder,
+            loss_scale=loss_scale,
             delays=self.injected_delays,
             compute_streams=self.compute_streams,
         )

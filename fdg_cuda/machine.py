@@ -20,6 +20,7 @@ from fdg_cuda.gradients import UpdateRule
 from fdg_cuda.inference import Finish, one_by_one
 from fdg_cuda.interrupts import Interrupts
 from fdg_cuda.layer_times import remembered
+from fdg_cuda.loss_scale import LossScale
 from fdg_cuda.nested import Nested
 from fdg_cuda.optim import DelayedOptimizer
 from fdg_cuda.pipeline import LossFunction, Pipeline
@@ -64,6 +65,7 @@ class Machine(ABC):
         optimizer: DelayedOptimizer,
         interrupts: Interrupts,
         recorder: Recorder | None,
+        loss_scale: LossScale | None = None,
     ) -> Pipeline:
         """What runs one ``fit`` of the stages made last."""
 
@@ -138,6 +140,7 @@ class CpuMachine(Machine):
         optimizer: DelayedOptimizer,
         interrupts: Interrupts,
         recorder: Recorder | None,
+        loss_scale: LossScale | None = None,
     ) -> Pipeline:
         return CpuPipeline(
             self.schedule,
@@ -148,6 +151,7 @@ class CpuMachine(Machine):
             mode=self.mode,
             interrupts=interrupts,
             recorder=recorder,
+            loss_scale=loss_scale,
             delays=self.injected_delays,
         )
 

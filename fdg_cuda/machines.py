@@ -44,6 +44,12 @@ def make_machine(
             f"graphs=True asks for CUDA graphs, but {rule.needs_python}, which no graph "
             f"can hold; leave graphs out"
         )
+    if precision.scales_loss and rule.optimizer is not None:
+        raise ValueError(
+            "precision='float16' leaves out updates whose gradients are not finite, and on CUDA devices "
+            "a torch optimizer would have to wait for the device to know; give precision='bfloat16', "
+            "or leave optimizer out (the fused SGD decides on the device)"
+        )
     from fdg_cuda.cuda_machine import CudaMachine
 
     ordinals = [device.index for device in devices]

@@ -33,6 +33,7 @@ from fdg_cuda.gradients import UpdateRule
 from fdg_cuda.groups import GroupRule
 from fdg_cuda.inference import evaluate, predict, predict_batches
 from fdg_cuda.interrupts import Interrupts
+from fdg_cuda.loss_scale import LossScale
 from fdg_cuda.machines import check_options, make_machine
 from fdg_cuda.metrics import (
     BatchResult,
@@ -93,7 +94,8 @@ class FDGRunner:
             delay (the last one; all in ``"bp"``) need not.
         precision: ``"float32"``: every layer in the dtype it has. ``"bfloat16"``: forward and loss of
             every stage, and so ``evaluate`` and ``predict``, run under ``torch.autocast``; weights,
-            their gradients and the update stay float32.
+            their gradients and the update stay float32. ``"float16"``: likewise, and losses are scaled
+            by a factor that follows the gradients; an update whose gradients are not finite is left out.
         cpu_threads: cores that CPU stages share; default ``torch.get_num_threads()``. Each stage
             computes with ``cpu_threads // K`` of them, at least 1; ``"bp"``, whose stages take turns,
             with all.
@@ -140,12 +142,14 @@ class FDGRunner:
         self._model = as_chain(model)
         self._layers = list(self._model)
         check_options(graphs, cpu_threads)
-        rule = UpdateRule(accumulate, clip_norm, clip_value, optimizer)
         self._devices = parse_devices(devices)
         self._schedule = Schedule(method, len(self._devices), accumulate)
         check_stages(backward_weights, len(self._layers), len(self._devices))
         check_parameters(self._model, on_cpu=self._devices[0].type == "cpu")
         self._precision = parse_precision(precision, self._model)
+        scaled = self._precision.scales_loss
+        rule = UpdateRule(accumulate, clip_norm, clip_value, optimizer, scaled)
+        self._loss_scale = LossScale() if scaled else None
         self._machine = make_machine(
             self._devices,
             self._schedule,
@@ -200,6 +204,11 @@ class FDGRunner:
     def precision(self) -> str:
         """In which the stages compute."""
         return self._precision.value
+
+    @property
+    def loss_scale(self) -> float | None:
+        """What the loss of a batch that enters next is multiplied by; None but for ``"float16"``."""
+        return None if self._loss_scale is None else self._loss_scale.value
 
     @property
     def history(self) -> History | None:
@@ -352,6 +361,7 @@ class FDGRunner:
                 model=self._model,
                 stages=lambda: self._stages,
                 optimizer=self.optimizer,
+                loss_scale=self._loss_scale,
                 lr_scheduler=lr_scheduler,
                 loader=loader,
                 callbacks=callbacks,
@@ -380,7 +390,9 @@ class FDGRunner:
 
     @contextmanager
     def _pipeline(self, interrupts: Interrupts) -> Iterator[Pipeline]:
-        pipeline = self._machine.pipeline(self._loss_fn, self.optimizer, interrupts, self._recorder)
+        pipeline = self._machine.pipeline(
+            self._loss_fn, self.optimizer, interrupts, self._recorder, self._loss_scale
+        )
         try:
             yield pipeline
         finally:

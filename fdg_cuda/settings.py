@@ -72,7 +72,7 @@ class Settings:
     precision: str = option(
         "float32",
         SPLIT,
-        "float32, or bfloat16: forwards and losses under torch.autocast.",
+        "float32; bfloat16 or float16: forwards and losses under torch.autocast.",
         choices=PRECISIONS,
     )
     lr: float = option(0.1, OPTIMIZER, "Learning rate.")

@@ -353,12 +353,20 @@ class Stage(ABC):
                     root = self._forward_again(leaf, copy, batch, random_state)
                 assert root is not None
                 if root.requires_grad:
-                    torch.autograd.backward([root], [error])
+                    start = self._start(root, batch) if self.is_last else error
+                    torch.autograd.backward([root], [start])
         self.memory.collect_gradients(copy, row)
         if self._gradients is not None:
-            self._gradients.add()
+            self._gradients.add(batch, root if self.is_last else error)
+            if isinstance(leaf, Tensor) and leaf.grad is not None:
+                leaf.grad = self._gradients.passed_down(leaf.grad)
         if not self.is_first:
             self._pass_down(batch, leaf)
+
+    def _start(self, loss: Tensor, batch: int) -> Tensor | None:
+        """What the backward of ``loss`` starts from; None: from 1."""
+        scales = None if self._gradients is None else self._gradients.hyper.scales
+        return None if scales is None else torch.full_like(loss, scales.of(batch))
 
     def _update(self, source: int, copy: int, row: int, batch: int) -> None:
         """The update of ``batch`` where Python has a part in it: from weight copy ``source`` into
@@ -366,7 +374,10 @@ class Stage(ABC):
         assert self._gradients is not None
         with said_where(f"the update of {self._named(batch)}"):
             ready = self._gradients.prepare(batch)
-            if isinstance(self._optimizer, TorchOptimizer):
+            if isinstance(self._optimizer, TorchOptimizer) and ready.skipped:
+                self.memory.copy_weights(source, copy)
+                self.memory.count_update()
+            elif isinstance(self._optimizer, TorchOptimizer):
                 self._optimizer.update(source, copy, ready, self._gradients.hyper.values(batch))
             else:
                 self._gradients.place(ready, row)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -253,7 +254,7 @@ class Training:
         if settings.method != "bp":
             lines["method"] += f", beta {settings.beta:g}, {settings.backward_weights} weights"
         if settings.precision != "float32":
-            lines["precision"] = settings.precision
+            lines["precision"] = settings.precision + _skipped(rows)
         best = best_epoch(rows)
         if best is not None:
             lines["test accuracy"] = (
@@ -280,6 +281,8 @@ class Training:
             samples_per_second=result.samples / result.seconds,
             data_wait=result.data_wait,
             busy=result.busy,
+            loss_scale=result.loss_scale,
+            skipped=result.skipped,
         )
 
     def _save(self) -> None:
@@ -314,6 +317,15 @@ class Training:
         stages = len(settings.devices or ())
         plural = "s" if stages != 1 else ""
         return f"{settings.model} on {settings.data}, {settings.method} in {stages} stage{plural}"
+
+
+def _skipped(rows: Sequence[EpochRow]) -> str:
+    """What the loss scale did in a whole run."""
+    counts = [row.skipped for row in rows if row.skipped is not None]
+    if not counts:
+        return ""
+    by_stage = "/".join(str(sum(of_stage)) for of_stage in zip(*counts, strict=True))
+    return f", updates skipped {by_stage} (by stage), loss scale {rows[-1].loss_scale:g}"
 
 
 class _Reporting(Callback):
