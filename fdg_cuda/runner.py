@@ -142,14 +142,14 @@ class FDGRunner:
         self._model = as_chain(model)
         self._layers = list(self._model)
         check_options(graphs, cpu_threads)
-        self._devices = parse_devices(devices)
-        self._schedule = Schedule(method, len(self._devices), accumulate)
-        check_stages(backward_weights, len(self._layers), len(self._devices))
-        check_parameters(self._model, on_cpu=self._devices[0].type == "cpu")
         self._precision = parse_precision(precision, self._model)
         scaled = self._precision.scales_loss
         rule = UpdateRule(accumulate, clip_norm, clip_value, optimizer, scaled)
         self._loss_scale = LossScale() if scaled else None
+        self._devices = parse_devices(devices)
+        self._schedule = Schedule(method, len(self._devices), accumulate)
+        check_stages(backward_weights, len(self._layers), len(self._devices))
+        check_parameters(self._model, on_cpu=self._devices[0].type == "cpu")
         self._machine = make_machine(
             self._devices,
             self._schedule,
