@@ -39,5 +39,5 @@ def check_fit(epochs: int, lr_step: str) -> None:
     if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
         raise RuntimeError(
             "torch.autocast around fit does not reach the stages, which have settings of their own; "
-            "put it into the layers' forward, or train without it"
+            "give FDGRunner(..., precision='bfloat16') or 'float16' instead"
         )

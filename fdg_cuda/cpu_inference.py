@@ -19,6 +19,7 @@ from fdg_cuda.inference import Finish
 from fdg_cuda.layout import INBOX_HALVES, Step
 from fdg_cuda.nested import Nested, cloned
 from fdg_cuda.pipeline import MAX_TICKS_IN_FLIGHT
+from fdg_cuda.precision import Precision
 from fdg_cuda.program import Program
 from fdg_cuda.schedule import Kind
 
@@ -29,6 +30,7 @@ class CpuInference:
     Args:
         parts: the layers of each stage.
         finish: what is made of the last stage's output; runs on its thread.
+        precision: in which the layers compute.
         threads: intra-op threads per stage.
         first: the number of the first batch, for what is said of exceptions.
         delays: (seed, longest in microseconds) of the sleeps put before every action, for tests.
@@ -39,6 +41,7 @@ class CpuInference:
         parts: Sequence[Sequence[nn.Module]],
         finish: Finish,
         *,
+        precision: Precision,
         threads: int,
         first: int = 0,
         delays: tuple[int, int] = (0, 0),
@@ -55,7 +58,7 @@ class CpuInference:
         )
         try:
             set_threads_of_streams(self._scheduler, len(parts), threads)
-            stages = [_ForwardStage(k, layers, ends) for k, layers in enumerate(parts)]
+            stages = [_ForwardStage(k, layers, precision, ends) for k, layers in enumerate(parts)]
             for lower, upper in pairwise(stages):
                 lower.above = upper
             self._program = Program(self._schedule, layout, self._scheduler, stages)
@@ -105,10 +108,13 @@ class _Ends:
 class _ForwardStage:
     """Its forward runs on its own thread; gradients and settings are a thread's own too."""
 
-    def __init__(self, index: int, layers: Sequence[nn.Module], ends: _Ends) -> None:
+    def __init__(
+        self, index: int, layers: Sequence[nn.Module], precision: Precision, ends: _Ends
+    ) -> None:
         self.above: _ForwardStage | None = None
         self._index = index
         self._layers = list(layers)
+        self._precision = precision
         self._ends = ends
         self._inference_mode = torch.is_inference_mode_enabled()  # of the caller
         self._inbox: list[Tensor | None] = [None] * INBOX_HALVES
@@ -123,7 +129,8 @@ class _ForwardStage:
         self._inbox[half] = None
         number = self._ends.first + batch
         with torch.inference_mode() if self._inference_mode else torch.no_grad():
-            with said_where(f"the forward of batch {number} at stage {self._index}"):
+            autocast = self._precision.autocast("cpu")
+            with said_where(f"the forward of batch {number} at stage {self._index}"), autocast:
                 for layer in self._layers:
                     value = layer(value)
             output = check_output(value, f"stage {self._index}")

@@ -16,6 +16,7 @@ from fdg_cuda.cpu_stage import CpuStage
 from fdg_cuda.cpu_threads import set_threads_of_streams
 from fdg_cuda.interrupts import Interrupts
 from fdg_cuda.layout import CpuLayout
+from fdg_cuda.loss_scale import LossScale
 from fdg_cuda.metrics import count_correct
 from fdg_cuda.nested import Nested, cloned, sample_count
 from fdg_cuda.optim import DelayedOptimizer
@@ -47,10 +48,17 @@ class CpuPipeline(Pipeline):
         mode: BackwardWeights,
         interrupts: Interrupts,
         recorder: Recorder | None = None,
+        loss_scale: LossScale | None = None,
         delays: tuple[int, int] = (0, 0),
     ) -> None:
         super().__init__(
-            schedule, stages, loss_fn, optimizer, interrupts=interrupts, recorder=recorder
+            schedule,
+            stages,
+            loss_fn,
+            optimizer,
+            interrupts=interrupts,
+            recorder=recorder,
+            loss_scale=loss_scale,
         )
         self._stages = list(stages)
         self._targets: dict[int, Nested] = {}
@@ -97,7 +105,7 @@ class CpuPipeline(Pipeline):
         loss = self._loss_fn(output, target)
         check_loss(loss, self._first_batch + batch)
         value = loss.item()
-        if not math.isfinite(value):
+        if not math.isfinite(value) and self._scales is None:
             raise self._non_finite(value, batch)
         self.results.append((value, sample_count(target), count_correct(output.detach(), target)))
         return loss

@@ -14,6 +14,7 @@ from fdg_cuda.gradients import UpdateRule
 from fdg_cuda.hyper import HyperTable
 from fdg_cuda.layout import INBOX_HALVES, Step
 from fdg_cuda.nested import Nested
+from fdg_cuda.precision import Precision
 from fdg_cuda.randomness import RandomState, drawing_from, seed_stage
 from fdg_cuda.schedule import Kind
 from fdg_cuda.stage import Stage, wants_gradient
@@ -38,9 +39,18 @@ class CpuStage(Stage):
         *,
         mode: BackwardWeights,
         rule: UpdateRule,
+        precision: Precision,
         alone: bool,
     ) -> None:
-        super().__init__(index, layers, slots, mode=mode, rule=rule, device=torch.device("cpu"))
+        super().__init__(
+            index,
+            layers,
+            slots,
+            mode=mode,
+            rule=rule,
+            precision=precision,
+            device=torch.device("cpu"),
+        )
         self._alone = alone
         self.generator = torch.Generator()
         self._seeded_from: int | bytes | None = None

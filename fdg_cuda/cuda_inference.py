@@ -67,8 +67,9 @@ def _forward(stages: Sequence[CudaStage], x: Nested, number: int) -> Tensor:
         with said_where(where), said_out_of_memory(stage.index, stage.ordinal):
             if stage.index > 0:
                 value = value.to(stage.device)
-            for layer in stage.layers:
-                value = layer(value)
+            with stage.precision.autocast(stage.device.type):
+                for layer in stage.layers:
+                    value = layer(value)
         value = check_output(value, f"stage {stage.index}")
     output: Tensor = value
     return output

@@ -22,10 +22,12 @@ from fdg_cuda.inference import Finish, one_by_one
 from fdg_cuda.interrupts import Interrupts
 from fdg_cuda.layer_times import remembered
 from fdg_cuda.layout import replaying
+from fdg_cuda.loss_scale import LossScale
 from fdg_cuda.machine import Machine
 from fdg_cuda.nested import Nested, moved
 from fdg_cuda.optim import DelayedOptimizer
 from fdg_cuda.pipeline import LossFunction, Pipeline
+from fdg_cuda.precision import Precision
 from fdg_cuda.recorder import Recorder
 from fdg_cuda.schedule import Schedule
 from fdg_cuda.split import measure
@@ -59,9 +61,10 @@ class CudaMachine(Machine):
         ordinals: Sequence[int],
         *,
         rule: UpdateRule,
+        precision: Precision,
         graphs: str | bool,
     ) -> None:
-        super().__init__(schedule, mode, rule=rule)
+        super().__init__(schedule, mode, rule=rule, precision=precision)
         self._ordinals = list(ordinals)
         if graphs == "auto" and rule.needs_python:
             logger.info("stages run eagerly, not as captured graphs: %s", rule.needs_python)
@@ -96,6 +99,7 @@ class CudaMachine(Machine):
                 self.schedule.slots(k),
                 mode=self.mode,
                 rule=self.rule,
+                precision=self.precision,
                 ordinal=ordinal,
             )
             for k, (part, ordinal) in enumerate(zip(parts, self._ordinals, strict=True))
@@ -110,6 +114,7 @@ class CudaMachine(Machine):
         optimizer: DelayedOptimizer,
         interrupts: Interrupts,
         recorder: Recorder | None,
+        loss_scale: LossScale | None = None,
     ) -> Pipeline:
         return CudaPipeline(
             self.schedule,
@@ -121,6 +126,7 @@ class CudaMachine(Machine):
             graphs=self._graphs,
             interrupts=interrupts,
             recorder=recorder,
+            loss_scale=loss_scale,
             delays=self.injected_delays,
             compute_streams=self.compute_streams,
         )
@@ -152,6 +158,7 @@ class CudaMachine(Machine):
                 (moved(batch[0], device), moved(batch[1], device)),
                 loss_fn,
                 threads=torch.get_num_threads(),
+                precision=self.precision,
                 synchronize=lambda: accelerator().synchronize(ordinal),
                 random_devices=[ordinal] if device.type == "cuda" else [],
             )
@@ -170,19 +177,29 @@ class CudaMachine(Machine):
                     layer.to("cpu")
                 host = torch.device("cpu")
                 cpu = (moved(batch[0], host), moved(batch[1], host))
-                return measure(layers, cpu, loss_fn, threads=torch.get_num_threads())
+                return measure(
+                    layers,
+                    cpu,
+                    loss_fn,
+                    threads=torch.get_num_threads(),
+                    precision=self.precision,
+                )
 
-        return remembered(layers, batch, 1, measured, device=accelerator().name(ordinal))
+        name = accelerator().name(ordinal)
+        return remembered(layers, batch, 1, measured, device=name, precision=self.precision)
 
     def forward(self, model: nn.Sequential, x: Nested) -> Tensor:
         if not self._stages:
             # On the CPU, or where its layers were measured.
-            output: Tensor = model(moved(x, next(model.parameters()).device))
+            device = next(model.parameters()).device
+            with self.precision.autocast(device.type):
+                output: Tensor = model(moved(x, device))
             return output
         for stage in self._stages:
             x = moved(x, stage.device)
-            for layer in stage.layers:
-                x = layer(x)
+            with stage.precision.autocast(stage.device.type):
+                for layer in stage.layers:
+                    x = layer(x)
         result: Tensor = x
         return result
 

@@ -16,6 +16,7 @@ from fdg_cuda.batches import Batch
 from fdg_cuda.cuda_stage import METRICS, CudaFit, CudaStage
 from fdg_cuda.interrupts import Interrupts
 from fdg_cuda.layout import INBOX_HALVES, CudaLayout
+from fdg_cuda.loss_scale import BatchScales, LossScale
 from fdg_cuda.mail import Form, NestedForm, Outbox
 from fdg_cuda.nested import sample_count
 from fdg_cuda.optim import DelayedOptimizer
@@ -49,11 +50,18 @@ class CudaPipeline(Pipeline):
         graphs: str,
         interrupts: Interrupts,
         recorder: Recorder | None = None,
+        loss_scale: LossScale | None = None,
         delays: tuple[int, int] = (0, 0),
         compute_streams: Sequence[int] = (),
     ) -> None:
         super().__init__(
-            schedule, stages, loss_fn, optimizer, interrupts=interrupts, recorder=recorder
+            schedule,
+            stages,
+            loss_fn,
+            optimizer,
+            interrupts=interrupts,
+            recorder=recorder,
+            loss_scale=loss_scale,
         )
         self._stages = list(stages)
         # Of the first batch's input and target.
@@ -107,6 +115,13 @@ class CudaPipeline(Pipeline):
         with suppress(RuntimeError):
             accelerator().release()
 
+    def _make_scales(self, loss_scale: LossScale) -> BatchScales:
+        stages = self._schedule.stages
+        finite = accelerator().pinned(self._rows * stages).view(torch.bool).view(-1, stages)
+        return BatchScales(
+            loss_scale, finite, accumulate=self._schedule.accumulate, asynchronous=True
+        )
+
     def _put(self, number: int, batch: Batch) -> None:
         fit = self._fit
         form_of_input = fit.inputs.put(number, batch[0])
@@ -128,7 +143,7 @@ class CudaPipeline(Pipeline):
         for batch in range(len(self.results), done):
             row = batch % self._rows
             loss, correct = self._fit.results[row].tolist()
-            if not math.isfinite(loss):
+            if not math.isfinite(loss) and self._scales is None:
                 raise self._non_finite(loss, batch)
             answers = None if math.isnan(correct) else round(correct)
             self.results.append((loss, int(self._samples[row]), answers))

@@ -33,6 +33,7 @@ from fdg_cuda.layout import INBOX_HALVES, CudaLayout, Step, Transfer
 from fdg_cuda.mail import Form, Inbox, Outbox, laid_out_like, turns, without_gaps, word
 from fdg_cuda.metrics import correct_on_device
 from fdg_cuda.nested import Nested
+from fdg_cuda.precision import Precision
 from fdg_cuda.randomness import RandomState
 from fdg_cuda.schedule import Kind
 from fdg_cuda.stage import Snapshot, Stage, wants_gradient
@@ -98,6 +99,7 @@ class CudaStage(Stage):
         *,
         mode: BackwardWeights,
         rule: UpdateRule,
+        precision: Precision,
         ordinal: int,
     ) -> None:
         self.ordinal = ordinal
@@ -105,7 +107,9 @@ class CudaStage(Stage):
         with said_out_of_memory(index, ordinal):
             for layer in layers:
                 layer.to(device)
-            super().__init__(index, layers, slots, mode=mode, rule=rule, device=device)
+            super().__init__(
+                index, layers, slots, mode=mode, rule=rule, precision=precision, device=device
+            )
         # Wiring, set by the machine.
         self.above: CudaStage | None = None
         self._below: ReferenceType[CudaStage] | None = None

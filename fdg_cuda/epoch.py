@@ -3,6 +3,8 @@ segments, between which the pipeline is drained."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 from fdg_cuda.metrics import Average, BatchResult, EpochResult
@@ -15,21 +17,33 @@ class RunningEpoch:
     Attributes:
         batches: how many of its batches were trained and reported.
         spent: training time so far.
+        skipped: per stage, updates left out so far; None where losses are not scaled.
+        loss_scale: where it stands now; None likewise.
     """
 
     def __init__(self, number: int) -> None:
         self.number = number
         self.batches = 0
         self.spent = Spent()
+        self.skipped: tuple[int, ...] | None = None
+        self.loss_scale: float | None = None
         self._average = Average()
 
     def add(
         self, loss: float, samples: int, correct: int | None, learning_rates: tuple[float, ...]
     ) -> BatchResult:
         """Count one more batch."""
-        self._average.add(loss, samples, correct)
+        if math.isfinite(loss):  # else its update was left out
+            self._average.add(loss, samples, correct)
         self.batches += 1
         return BatchResult(self.batches - 1, self.number, loss, samples, correct, learning_rates)
+
+    def add_skipped(self, skipped: Sequence[int] | None, loss_scale: float | None) -> None:
+        """Count the updates that a segment left out, behind which the scale stands there."""
+        self.loss_scale = loss_scale
+        if skipped is not None:
+            before = self.skipped or (0,) * len(skipped)
+            self.skipped = tuple(a + b for a, b in zip(before, skipped, strict=True))
 
     def result(self) -> EpochResult:
         """The averages of a finished epoch."""
@@ -43,6 +57,8 @@ class RunningEpoch:
             seconds=self.spent.seconds,
             data_seconds=self.spent.data,
             busy=None if shares is None else shares.busy,
+            skipped=self.skipped,
+            loss_scale=self.loss_scale,
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -52,6 +68,7 @@ class RunningEpoch:
             "seconds": self.spent.seconds,
             "data_seconds": self.spent.data,
             "busy_seconds": None if self.spent.busy is None else list(self.spent.busy),
+            "skipped": None if self.skipped is None else list(self.skipped),
             "average": self._average.state_dict(),
         }
 
@@ -62,4 +79,5 @@ class RunningEpoch:
         self.spent = Spent(
             state["seconds"], state["data_seconds"], None if busy is None else tuple(busy)
         )
+        self.skipped = None if state["skipped"] is None else tuple(state["skipped"])
         self._average.load_state_dict(state["average"])

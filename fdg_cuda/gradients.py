@@ -17,6 +17,7 @@ from torch import Tensor
 from fdg_cuda.factory import Factory, check_factory
 from fdg_cuda.flat import FlatMemory
 from fdg_cuda.hyper import HyperTable
+from fdg_cuda.loss_scale import all_finite
 
 # As in torch.nn.utils.clip_grad_norm_.
 SMALLEST_NORM = 1e-6
@@ -32,6 +33,8 @@ class UpdateRule:
             update (shrunk); larger ones are scaled down to it. None: they are not.
         clip_value: the largest magnitude of an element of them. None: there is none.
         optimizer: makes the torch optimizer of each stage. None: SGD, as the fused update does it.
+        scaled: whether losses are scaled: gradients are divided by their batch's scale, and an update
+            whose gradients are not finite is left out.
 
     Raises:
         TypeError, ValueError: a value that cannot be, or both ways to clip.
@@ -41,6 +44,7 @@ class UpdateRule:
     clip_norm: float | None = None
     clip_value: float | None = None
     optimizer: Factory | None = None
+    scaled: bool = False
 
     def __post_init__(self) -> None:
         check_factory(self.optimizer)
@@ -63,6 +67,11 @@ class UpdateRule:
             return f"{name} looks at the gradients between backward and update"
         if self.optimizer is not None:
             return "the optimizer given works in Python"
+        if self.scaled:
+            return (
+                "precision='float16' looks whether gradients are finite between backward and update "
+                "(bfloat16 need not)"
+            )
         if self.accumulate > 1:
             return "accumulate adds gradients up in Python"
         return None
@@ -84,12 +93,17 @@ class Ready:
     Attributes:
         gradients: one per parameter, unshrunk; None: the loss did not reach it.
         shrinks: the factor of each, from its parameter group.
-        gain: the factor of all.
+        gain: the factor of all. Where it is no finite number the update is left out.
     """
 
     gradients: list[Tensor | None]
     shrinks: list[float]
     gain: float | Tensor
+
+    @property
+    def skipped(self) -> bool:
+        """Whether the update is left out, as far as the host knows."""
+        return isinstance(self.gain, float) and math.isnan(self.gain)
 
 
 class Gradients:
@@ -98,7 +112,7 @@ class Gradients:
     Args:
         memory: where the backward leaves them.
         rule: what is done with them.
-        hyper: the shrinking factor of each batch.
+        hyper: the shrinking factor and the scale of each batch.
         groups: the parameter group of each parameter.
     """
 
@@ -116,14 +130,22 @@ class Gradients:
         self.forget()
         # Read by the native update when it runs.
         self.gain = torch.ones((), dtype=torch.float64, device=memory.newest_weights.device)
+        # A number that is brought to a device would be waited for.
+        self._one, self._nan = torch.ones_like(self.gain), torch.full_like(self.gain, math.nan)
+        self._latest_finite: bool | Tensor = True  # those of the latest backward
 
     def forget(self) -> None:
         """Begin a new sum."""
         self._summed = 0
+        self._finite: bool | Tensor = True  # of all batches in the sum
         self._reached = [False] * len(self._groups)
 
-    def add(self) -> None:
-        """Those of a backward are there; add them up if an update takes those of several."""
+    def add(self, batch: int, signal: Tensor | None) -> None:
+        """Those of the backward of ``batch`` are there; add them up if an update takes those of
+        several. The backward came from ``signal``, an error signal or the loss; None: from nothing."""
+        scales = self.hyper.scales
+        if scales is not None:
+            self._look(batch, signal)
         if self._rule.accumulate == 1:
             return
         gradients = self._memory.take_gradients()
@@ -133,25 +155,62 @@ class Gradients:
         for numbers, combine in ((first, torch._foreach_copy_), (begun, torch._foreach_add_)):
             if numbers:
                 sums = [self._sums[number] for number in numbers]
-                combine(sums, [g for g in map(gradients.__getitem__, numbers) if g is not None])
+                new = [g for g in map(gradients.__getitem__, numbers) if g is not None]
+                if scales is not None:  # each batch has a scale of its own
+                    new = list(torch._foreach_mul(new, 1 / scales.of(batch)))
+                combine(sums, new)
         for number in first:
             self._reached[number] = True
         self._summed += 1
 
+    def _look(self, batch: int, signal: Tensor | None) -> None:
+        """Whether the latest gradients are finite.
+
+        The signal counts, too: a layer may swallow an infinity, as a ReLU does with what it does not
+        pass on.
+        """
+        scales = self.hyper.scales
+        assert scales is not None
+        seen = [gradient for gradient in self._memory.gradients if gradient is not None]
+        seen += [] if signal is None else [signal]
+        finite: bool | Tensor = True
+        if any(tensor.numel() for tensor in seen):
+            finite = all_finite(seen)
+            finite = finite if scales.asynchronous else bool(finite)
+        scales.report(batch, self._memory.stage, finite)
+        self._latest_finite = finite
+        self._finite = finite if self._rule.accumulate == 1 else self._finite & finite
+
+    def passed_down(self, error: Tensor) -> Tensor:
+        """``error``, the error signal that came of the latest backward; where that was not finite no
+        stage below takes anything for a number."""
+        if self._latest_finite is True:
+            return error
+        if self._latest_finite is False:
+            return torch.full_like(error, math.nan)
+        return error * torch.where(self._latest_finite, self._one, self._nan)
+
     def prepare(self, batch: int) -> Ready:
         """What the update of ``batch`` takes. Asks no device for anything."""
-        gradients, share = self._memory.gradients, 1.0
+        gradients, share, finite = self._memory.gradients, 1.0, self._finite
         if self._rule.accumulate > 1:
             gradients = [s if r else None for s, r in zip(self._sums, self._reached, strict=True)]
             share = 1 / self._summed
             self.forget()
+        elif self.hyper.scales is not None:
+            share = 1 / self.hyper.scales.of(batch)
         by_group = self.hyper.shrinks(batch, self._memory.stage)
         ready = Ready(gradients, [by_group[group] for group in self._groups], share)
+        if finite is False:
+            ready.gain = math.nan
+            return ready
         if any(gradient is not None for gradient in gradients):
             if self._rule.clip_norm is not None:
                 ready.gain = ready.gain * self._norm_factor(ready, self._rule.clip_norm)
             elif self._rule.clip_value is not None:
                 self._clamp(ready, self._rule.clip_value)
+        if isinstance(finite, Tensor):  # behind the norm, which hides what is no number
+            ready.gain = torch.where(finite, self._one, self._nan) * ready.gain
         return ready
 
     def place(self, ready: Ready, row: int) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from fdg_cuda.loss_scale import BatchScales
 from fdg_cuda.optim import FIRST_SHRINK, DelayedOptimizer
 
 
@@ -17,13 +18,21 @@ class HyperTable:
         optimizer: where they are read.
         rows: batches in flight at once, at most.
         shrinks: per stage, how often beta multiplies its gradients.
+        scales: what losses are multiplied by; None: they are not.
 
     Attributes:
         table: float64 (rows, groups, FIRST_SHRINK + stages): what native updates read.
     """
 
-    def __init__(self, optimizer: DelayedOptimizer, rows: int, shrinks: Sequence[int]) -> None:
+    def __init__(
+        self,
+        optimizer: DelayedOptimizer,
+        rows: int,
+        shrinks: Sequence[int],
+        scales: BatchScales | None = None,
+    ) -> None:
         self.optimizer = optimizer
+        self.scales = scales
         self._shrinks = list(shrinks)
         self._values: list[list[dict[str, Any]]] = [[] for _ in range(rows)]
         self.table = np.zeros((rows, len(optimizer.param_groups), FIRST_SHRINK + len(shrinks)))
@@ -37,6 +46,8 @@ class HyperTable:
         row = batch % len(self.table)
         self.table[row] = self.optimizer.hyper_row(self._shrinks)
         self._values[row] = self.optimizer.values()
+        if self.scales is not None:
+            self.scales.enter(batch)
 
     def shrinks(self, batch: int, stage: int) -> list[float]:
         """The factor of the gradients of ``batch`` at ``stage``, per parameter group."""

@@ -50,7 +50,8 @@ def evaluate(
             yield batch
 
     def finish(output: Tensor, target: Nested) -> Tensor:
-        loss = check_scalar(loss_fn(output, target)).to(output.device)
+        with machine.precision.autocast(output.device.type):
+            loss = check_scalar(loss_fn(output, target)).to(output.device)
         return torch.stack([loss.double().reshape(()), correct_on_device(output, target)])
 
     with _awaited(), Interrupts() as interrupts, _evaluation_mode(model):

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from fdg_cuda.batches import Batch
 from fdg_cuda.nested import map_tensors
+from fdg_cuda.precision import Precision
 
 logger = logging.getLogger("fdg_cuda")
 
@@ -45,9 +46,10 @@ def remembered(
     measure: Callable[[], list[float]],
     *,
     device: str = "cpu",
+    precision: Precision = Precision.FLOAT32,
 ) -> list[float]:
     """Seconds per layer as measured earlier under the same circumstances, else ``measure()``."""
-    key = _key(layers, batch, threads, device)
+    key = _key(layers, batch, threads, device, precision)
     if key not in _known:
         stored = _read().get(key)
         if stored is not None and len(stored) == len(layers):
@@ -58,7 +60,9 @@ def remembered(
     return _known[key]
 
 
-def _key(layers: Sequence[nn.Module], batch: Batch, threads: int, device: str) -> str:
+def _key(
+    layers: Sequence[nn.Module], batch: Batch, threads: int, device: str, precision: Precision
+) -> str:
     def shape(tensor: Tensor) -> str:
         return f"{tuple(tensor.shape)} {tensor.stride()} {tensor.dtype}"
 
@@ -68,6 +72,7 @@ def _key(layers: Sequence[nn.Module], batch: Batch, threads: int, device: str) -
         _cpu_name(),
         str(threads),
         device,
+        precision.value,
         *(str(map_tensors(shape, part)) for part in batch),
         *(
             f"{layer} {[(name, shape(p), p.requires_grad) for name, p in layer.named_parameters()]}"

@@ -20,9 +20,11 @@ from fdg_cuda.gradients import UpdateRule
 from fdg_cuda.inference import Finish, one_by_one
 from fdg_cuda.interrupts import Interrupts
 from fdg_cuda.layer_times import remembered
+from fdg_cuda.loss_scale import LossScale
 from fdg_cuda.nested import Nested
 from fdg_cuda.optim import DelayedOptimizer
 from fdg_cuda.pipeline import LossFunction, Pipeline
+from fdg_cuda.precision import Precision
 from fdg_cuda.recorder import Recorder
 from fdg_cuda.schedule import Schedule
 from fdg_cuda.split import measure
@@ -36,12 +38,21 @@ class Machine(ABC):
         schedule: the rule.
         mode: which weights a backward uses.
         rule: how stages come from gradients to an update.
+        precision: in which forwards and losses compute.
     """
 
-    def __init__(self, schedule: Schedule, mode: BackwardWeights, *, rule: UpdateRule) -> None:
+    def __init__(
+        self,
+        schedule: Schedule,
+        mode: BackwardWeights,
+        *,
+        rule: UpdateRule,
+        precision: Precision,
+    ) -> None:
         self.schedule = schedule
         self.mode = mode
         self.rule = rule
+        self.precision = precision
 
     @abstractmethod
     def make_stages(self, parts: Sequence[Sequence[nn.Module]]) -> Sequence[Stage]:
@@ -54,6 +65,7 @@ class Machine(ABC):
         optimizer: DelayedOptimizer,
         interrupts: Interrupts,
         recorder: Recorder | None,
+        loss_scale: LossScale | None = None,
     ) -> Pipeline:
         """What runs one ``fit`` of the stages made last."""
 
@@ -96,9 +108,10 @@ class CpuMachine(Machine):
         mode: BackwardWeights,
         *,
         rule: UpdateRule,
+        precision: Precision,
         cpu_threads: int | None,
     ) -> None:
-        super().__init__(schedule, mode, rule=rule)
+        super().__init__(schedule, mode, rule=rule, precision=precision)
         self._cpu_threads = cpu_threads
         self._stages: list[CpuStage] = []
         # For tests: (seed, longest delay in microseconds) put before every action.
@@ -112,6 +125,7 @@ class CpuMachine(Machine):
                 self.schedule.slots(k),
                 mode=self.mode,
                 rule=self.rule,
+                precision=self.precision,
                 alone=len(parts) == 1,
             )
             for k, part in enumerate(parts)
@@ -126,6 +140,7 @@ class CpuMachine(Machine):
         optimizer: DelayedOptimizer,
         interrupts: Interrupts,
         recorder: Recorder | None,
+        loss_scale: LossScale | None = None,
     ) -> Pipeline:
         return CpuPipeline(
             self.schedule,
@@ -136,6 +151,7 @@ class CpuMachine(Machine):
             mode=self.mode,
             interrupts=interrupts,
             recorder=recorder,
+            loss_scale=loss_scale,
             delays=self.injected_delays,
         )
 
@@ -143,12 +159,15 @@ class CpuMachine(Machine):
         self, layers: Sequence[nn.Module], batch: Batch, loss_fn: LossFunction
     ) -> list[float]:
         threads = self._threads_per_stage()
-        return remembered(
-            layers, batch, threads, lambda: measure(layers, batch, loss_fn, threads=threads)
-        )
+
+        def measured() -> list[float]:
+            return measure(layers, batch, loss_fn, threads=threads, precision=self.precision)
+
+        return remembered(layers, batch, threads, measured, precision=self.precision)
 
     def forward(self, model: nn.Sequential, x: Nested) -> Tensor:
-        output: Tensor = model(x)
+        with self.precision.autocast("cpu"):
+            output: Tensor = model(x)
         return output
 
     def inference(
@@ -174,6 +193,7 @@ class CpuMachine(Machine):
         inference = CpuInference(
             [stage.layers for stage in self._stages],
             finish,
+            precision=self.precision,
             threads=self._threads_per_stage(),
             first=1,
             delays=self.injected_delays,

@@ -9,6 +9,7 @@ import torch
 from fdg_cuda.backward_weights import BackwardWeights
 from fdg_cuda.gradients import UpdateRule
 from fdg_cuda.machine import CpuMachine, Machine
+from fdg_cuda.precision import Precision
 from fdg_cuda.schedule import Schedule
 
 
@@ -18,6 +19,7 @@ def make_machine(
     mode: BackwardWeights,
     *,
     rule: UpdateRule,
+    precision: Precision,
     cpu_threads: int | None,
     graphs: str | bool,
 ) -> Machine:
@@ -32,7 +34,7 @@ def make_machine(
                 "graphs=True asks for CUDA graphs, but the devices are CPUs; leave graphs out, or name "
                 "CUDA devices"
             )
-        return CpuMachine(schedule, mode, rule=rule, cpu_threads=cpu_threads)
+        return CpuMachine(schedule, mode, rule=rule, precision=precision, cpu_threads=cpu_threads)
     if cpu_threads is not None:
         raise ValueError(
             "cpu_threads is for stages on the CPU, but these devices are CUDA ones; leave it out"
@@ -42,10 +44,16 @@ def make_machine(
             f"graphs=True asks for CUDA graphs, but {rule.needs_python}, which no graph "
             f"can hold; leave graphs out"
         )
+    if precision.scales_loss and rule.optimizer is not None:
+        raise ValueError(
+            "precision='float16' leaves out updates whose gradients are not finite, and on CUDA devices "
+            "a torch optimizer would have to wait for the device to know; give precision='bfloat16', "
+            "or leave optimizer out (the fused SGD decides on the device)"
+        )
     from fdg_cuda.cuda_machine import CudaMachine
 
     ordinals = [device.index for device in devices]
-    return CudaMachine(schedule, mode, ordinals, rule=rule, graphs=graphs)
+    return CudaMachine(schedule, mode, ordinals, rule=rule, precision=precision, graphs=graphs)
 
 
 def check_options(graphs: object, cpu_threads: object) -> None:

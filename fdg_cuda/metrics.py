@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,6 +51,9 @@ class EpochResult:
     which no stage had anything left to do: above a few percent, the loader holds training up.
     ``busy`` has a share of ``seconds`` per stage, in [0, 1]: how long an action of it was at work,
     waiting for Python's lock included; None where it is not measured (CUDA devices).
+    With ``precision="float16"``: ``skipped`` has per stage the updates that were left out because
+    gradients were not finite, ``loss_scale`` is where the scale stands behind the epoch, and batches
+    whose loss was not finite are left out of the averages.
     """
 
     epoch: int
@@ -60,6 +64,8 @@ class EpochResult:
     seconds: float
     data_seconds: float = 0.0
     busy: tuple[float, ...] | None = None
+    skipped: tuple[int, ...] | None = None
+    loss_scale: float | None = None
 
     @property
     def data_wait(self) -> float:
@@ -101,6 +107,8 @@ class Average:
         self.samples = state["samples"]
 
     def result(self) -> Evaluation:
+        if self.samples == 0:  # of all batches the loss was not finite
+            return Evaluation(math.nan, None, 0)
         accuracy = None if self._correct is None else self._correct / self.samples
         return Evaluation(self._loss / self.samples, accuracy, self.samples)
 

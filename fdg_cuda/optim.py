@@ -109,9 +109,9 @@ class DelayedSGD(DelayedOptimizer):
         param_groups: GroupRule | None = None,
     ) -> None:
         defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "weight_decay": weight_decay,
+            "lr": _plain(lr),
+            "momentum": _plain(momentum),
+            "weight_decay": _plain(weight_decay),
             "nesterov": nesterov,
             "beta": beta,
         }

@@ -8,11 +8,13 @@ What differs between kinds of devices is in the subclasses: :mod:`fdg_cuda.cpu_p
 
 from __future__ import annotations
 
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 
+import torch
 from torch import Tensor
 
 from fdg_cuda._core import Scheduler
@@ -20,6 +22,7 @@ from fdg_cuda.batches import Batch
 from fdg_cuda.errors import NonFiniteLossError
 from fdg_cuda.hyper import HyperTable
 from fdg_cuda.interrupts import Interrupts
+from fdg_cuda.loss_scale import SMALLEST_SCALE, BatchScales, LossScale
 from fdg_cuda.nested import Nested
 from fdg_cuda.optim import DelayedOptimizer
 from fdg_cuda.program import Program
@@ -44,6 +47,7 @@ class Pipeline(ABC):
         optimizer: where the hyper-parameters of a batch are read when it enters.
         interrupts: allowed while ticks run, held while state changes hands.
         recorder: of the ticks, while they are traced.
+        loss_scale: for the losses; None: they are not scaled.
     """
 
     _scheduler: Scheduler
@@ -59,6 +63,7 @@ class Pipeline(ABC):
         *,
         interrupts: Interrupts,
         recorder: Recorder | None = None,
+        loss_scale: LossScale | None = None,
     ) -> None:
         self._schedule = schedule
         self._all_stages = list(stages)
@@ -69,7 +74,9 @@ class Pipeline(ABC):
         # oldest tick at work, is read last `latency` ticks after the batch's own: so many rows.
         self._rows = schedule.latency + MAX_TICKS_IN_FLIGHT + 1
         shrinks = [schedule.shrinks(stage) for stage in range(schedule.stages)]
-        self._hyper = HyperTable(optimizer, self._rows, shrinks)
+        self._loss_scale = loss_scale
+        self._scales = None if loss_scale is None else self._make_scales(loss_scale)
+        self._hyper = HyperTable(optimizer, self._rows, shrinks, self._scales)
         self._epoch = 0
         self._first_batch = 0  # of the segment, within the epoch
         self._entered = 0
@@ -85,11 +92,28 @@ class Pipeline(ABC):
     def _put(self, number: int, batch: Batch) -> None:
         """Take in the tensors of a batch that enters; the loader may refill them afterwards."""
 
+    def _make_scales(self, loss_scale: LossScale) -> BatchScales:
+        finite = torch.zeros(self._rows, self._schedule.stages, dtype=torch.bool)
+        return BatchScales(
+            loss_scale, finite, accumulate=self._schedule.accumulate, asynchronous=False
+        )
+
     def _settle(self) -> None:
         """Wait for what was done to the stages' memory outside their streams."""
 
     def _gather(self, done: int) -> None:
         """Bring :attr:`results` up to at least ``done`` batches, which are trained."""
+
+    @property
+    def skipped(self) -> tuple[int, ...] | None:
+        """Per stage, updates of this segment that were left out, as far as known; None where losses
+        are not scaled."""
+        return None if self._scales is None else tuple(self._scales.skipped)
+
+    @property
+    def loss_scale(self) -> float | None:
+        """What the loss of the next batch is multiplied by; None: nothing."""
+        return None if self._scales is None else self._scales.value
 
     def busy_seconds(self) -> tuple[float, ...] | None:
         """Per stage, how long actions were at work in this segment so far; None: not measured, or
@@ -145,6 +169,9 @@ class Pipeline(ABC):
         for stage in self._all_stages:
             stage.begin_epoch(self._schedule.first_slot(stage.index), first_batch)
         snapshots = [stage.snapshot() for stage in self._all_stages]
+        scale_before = None if self._loss_scale is None else self._loss_scale.state_dict()
+        if self._scales is not None:
+            self._scales.begin()
         self._settle()
         drained = False
         try:
@@ -154,6 +181,7 @@ class Pipeline(ABC):
                 self._run_ticks(batches, entered, known)
                 self._scheduler.synchronize()
                 self._gather(self._entered)
+                self._learn(self._entered)
                 known(len(self.results))
                 self._end_measures()
                 drained = True
@@ -167,6 +195,8 @@ class Pipeline(ABC):
             self._end_measures()
             for stage, snapshot in zip(self._all_stages, snapshots, strict=True):
                 stage.restore(snapshot)
+            if self._loss_scale is not None and scale_before is not None:
+                self._loss_scale.load_state_dict(scale_before)
             raise
         finally:
             if not drained:
@@ -233,6 +263,18 @@ class Pipeline(ABC):
         return batch
 
     def _enter(self, number: int, batch: Batch) -> None:
+        # Batches that surely left the last of their stages, so that the scale of this one does not
+        # depend on timing.
+        self._learn(number - MAX_TICKS_IN_FLIGHT - self._schedule.latency)
         self._hyper.enter(number)
         self._put(number, batch)
         self._entered = number + 1
+
+    def _learn(self, done: int) -> None:
+        """The first ``done`` batches have left all stages: let the loss scale follow them."""
+        batch = None if self._scales is None else self._scales.learn(done)
+        if batch is None:
+            return
+        loss = self.results[batch][0]
+        under = f"gradients (under the smallest loss scale, {SMALLEST_SCALE:g})"
+        raise self._non_finite(loss, batch, under if math.isfinite(loss) else None)

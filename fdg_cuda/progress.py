@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from types import TracebackType
@@ -76,7 +77,7 @@ class PlainProgress:
         return (
             f"epoch {row.epoch:{width}}/{self._epochs}  lr {row.lr:<6.3g}  "
             f"train loss {row.train_loss:.4f} {percent(row.train_accuracy):>7}  "
-            f"test loss {row.test_loss:.4f} {percent(row.test_accuracy):>7}"
+            f"test loss {row.test_loss:.4f} {percent(row.test_accuracy):>7}{row.scaling}"
         )
 
 
@@ -121,7 +122,8 @@ class LiveProgress(PlainProgress):
         self._bar.update(self._task, completed=done, status=self._status(start.epoch + 1))
 
     def batch(self, result: BatchResult) -> None:
-        self._average.add(result.loss, result.samples, result.correct)
+        if math.isfinite(result.loss):  # with a scaled loss training goes on without the batch
+            self._average.add(result.loss, result.samples, result.correct)
         self._bar.update(self._task, advance=1, status=self._status(result.epoch + 1))
 
     def epoch(self, row: EpochRow) -> None:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from rich.table import Table
 
+PER_STAGE = ("busy", "skipped")  # a column per stage
 MARKED_EPOCHS = 40  # up to so many, every epoch is a dot of its own
 
 
@@ -32,6 +33,8 @@ class EpochRow:
         samples_per_second: of training.
         data_wait: share of ``seconds`` in which the loader was waited for.
         busy: share of ``seconds`` in which each stage was at work, or None if it was not measured.
+        loss_scale: behind the epoch; None where losses are not scaled.
+        skipped: updates that each stage left out because of it; None likewise.
 
     Accuracies are shares in [0, 1], or None if there are no classes.
     """
@@ -46,11 +49,20 @@ class EpochRow:
     samples_per_second: float
     data_wait: float = 0.0
     busy: tuple[float, ...] | None = None
+    loss_scale: float | None = None
+    skipped: tuple[int, ...] | None = None
 
     @property
     def shares(self) -> Shares:
         """For people."""
         return Shares(self.busy, self.data_wait)
+
+    @property
+    def scaling(self) -> str:
+        """For people, behind other things: the updates left out, stage by stage; nothing if none."""
+        if not any(self.skipped or ()):
+            return ""
+        return f"  skipped {'/'.join(map(str, self.skipped or ()))} (scale {self.loss_scale:g})"
 
 
 def best_epoch(rows: Sequence[EpochRow]) -> EpochRow | None:
@@ -66,15 +78,20 @@ def percent(share: float | None) -> str:
 
 def write_metrics(path: Path, rows: Sequence[EpochRow]) -> None:
     """Write one line per epoch under a header with the names of :class:`EpochRow`; ``busy`` is a
-    column per stage, ``busy_0``, ``busy_1``, ..., as far as any row has it.
+    column per stage, ``busy_0``, ``busy_1``, ..., as far as any row has it, and so is ``skipped``;
+    without scaled losses there is no ``loss_scale`` either.
 
     Raises:
         OSError: the file cannot be written; what was there before still is.
     """
     with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        stages = max((len(row.busy or ()) for row in rows), default=0)
-        columns = [field.name for field in fields(EpochRow) if field.name != "busy"]
-        columns += [_busy_column(stage) for stage in range(stages)]
+        scaled = any(row.loss_scale is not None for row in rows)
+        columns = [field.name for field in fields(EpochRow) if field.name not in PER_STAGE]
+        if not scaled:
+            columns.remove("loss_scale")
+        for name in PER_STAGE:
+            stages = max((len(getattr(row, name) or ()) for row in rows), default=0)
+            columns += [f"{name}_{stage}" for stage in range(stages)]
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         for row in rows:
@@ -83,15 +100,11 @@ def write_metrics(path: Path, rows: Sequence[EpochRow]) -> None:
                 "seconds": round(row.seconds, 4),
                 "samples_per_second": round(row.samples_per_second, 1),
                 "data_wait": round(row.data_wait, 4),
-                **{_busy_column(k): round(share, 4) for k, share in enumerate(row.busy or ())},
+                **{f"busy_{k}": round(share, 4) for k, share in enumerate(row.busy or ())},
+                **{f"skipped_{k}": count for k, count in enumerate(row.skipped or ())},
             }
             line = {**asdict(row), **rounded}
-            del line["busy"]
-            writer.writerow(line)
-
-
-def _busy_column(stage: int) -> str:
-    return f"busy_{stage}"
+            writer.writerow({name: line[name] for name in columns if name in line})
 
 
 def write_settings(path: Path, settings: Mapping[str, Any]) -> None:

@@ -34,6 +34,7 @@ from fdg_cuda.gradients import UpdateRule
 from fdg_cuda.groups import GroupRule
 from fdg_cuda.inference import evaluate, predict, predict_batches
 from fdg_cuda.interrupts import Interrupts
+from fdg_cuda.loss_scale import LossScale
 from fdg_cuda.machines import check_options, make_machine
 from fdg_cuda.metrics import (
     BatchResult,
@@ -45,6 +46,7 @@ from fdg_cuda.metrics import (
 from fdg_cuda.nested import Nested
 from fdg_cuda.optim import Default, DelayedOptimizer, check_scheduler, make_optimizer
 from fdg_cuda.pipeline import LossFunction, Pipeline
+from fdg_cuda.precision import parse_precision
 from fdg_cuda.recorder import Recorder
 from fdg_cuda.schedule import Schedule
 from fdg_cuda.shares import Shares
@@ -92,6 +94,10 @@ class FDGRunner:
             those of the moment too, but the forward is run again with them (Features Replay), so that
             of a batch in flight a stage keeps its input instead of all activations. Stages without
             delay (the last one; all in ``"bp"``) need not.
+        precision: ``"float32"``: every layer in the dtype it has. ``"bfloat16"``: forward and loss of
+            every stage, and so ``evaluate`` and ``predict``, run under ``torch.autocast``; weights,
+            their gradients and the update stay float32. ``"float16"``: likewise, and losses are scaled
+            by a factor that follows the gradients; an update whose gradients are not finite is left out.
         cpu_threads: cores that CPU stages share; default ``torch.get_num_threads()``. Each stage
             computes with ``cpu_threads // K`` of them, at least 1; ``"bp"``, whose stages take turns,
             with all.
@@ -131,13 +137,17 @@ class FDGRunner:
         clip_norm: float | None = None,
         clip_value: float | None = None,
         backward_weights: str = "stash",
+        precision: str = "float32",
         cpu_threads: int | None = None,
         graphs: str | bool = "auto",
     ) -> None:
         self._model = as_chain(model)
         self._layers = list(self._model)
         check_options(graphs, cpu_threads)
-        rule = UpdateRule(accumulate, clip_norm, clip_value, optimizer)
+        self._precision = parse_precision(precision, self._model)
+        scaled = self._precision.scales_loss
+        rule = UpdateRule(accumulate, clip_norm, clip_value, optimizer, scaled)
+        self._loss_scale = LossScale() if scaled else None
         self._devices = parse_devices(devices)
         self._schedule = Schedule(method, len(self._devices), accumulate)
         check_stages(backward_weights, len(self._layers), len(self._devices))
@@ -147,6 +157,7 @@ class FDGRunner:
             self._schedule,
             BackwardWeights(backward_weights),
             rule=rule,
+            precision=self._precision,
             cpu_threads=cpu_threads,
             graphs=graphs,
         )
@@ -190,6 +201,16 @@ class FDGRunner:
     def stages(self) -> list[Stage]:
         """The stages, in order; empty before the model was cut."""
         return list(self._stages)
+
+    @property
+    def precision(self) -> str:
+        """In which the stages compute."""
+        return self._precision.value
+
+    @property
+    def loss_scale(self) -> float | None:
+        """What the loss of a batch that enters next is multiplied by; None but for ``"float16"``."""
+        return None if self._loss_scale is None else self._loss_scale.value
 
     @property
     def history(self) -> History | None:
@@ -343,6 +364,7 @@ class FDGRunner:
                 model=self._model,
                 stages=lambda: self._stages,
                 optimizer=self.optimizer,
+                loss_scale=self._loss_scale,
                 lr_scheduler=lr_scheduler,
                 loader=loader,
                 callbacks=callbacks,
@@ -357,6 +379,7 @@ class FDGRunner:
             "stages": self._schedule.stages,
             "split": self._split,
             "backward_weights": self._backward_weights,
+            "precision": self._precision.value,
             "optimizer": self.optimizer.kind,
             "accumulate": self._rule.accumulate,
             "clip_norm": self._rule.clip_norm,
@@ -372,7 +395,9 @@ class FDGRunner:
     def _pipeline(
         self, measures: UpdateMeasures | None, interrupts: Interrupts
     ) -> Iterator[Pipeline]:
-        pipeline = self._machine.pipeline(self._loss_fn, self.optimizer, interrupts, self._recorder)
+        pipeline = self._machine.pipeline(
+            self._loss_fn, self.optimizer, interrupts, self._recorder, self._loss_scale
+        )
         try:
             if measures is not None:
                 pipeline.measure_updates(measures)

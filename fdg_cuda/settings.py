@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fdg_cuda.options import option, options_of
+from fdg_cuda.precision import PRECISIONS
 from fdg_cuda.trace_window import read_window
 
 LONGEST_DEFAULT_WARMUP = 5  # epochs
@@ -88,6 +89,12 @@ class Settings:
         SPLIT,
         "stash: a batch's backward uses the weights of its forward; current: those of the moment, "
         "with one weight copy; replay: likewise, and activations are computed again instead of kept.",
+    )
+    precision: str = option(
+        "float32",
+        SPLIT,
+        "float32; bfloat16 or float16: forwards and losses under torch.autocast.",
+        choices=PRECISIONS,
     )
     optimizer: str = option(
         OWN_OPTIMIZER,

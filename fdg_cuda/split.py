@@ -6,6 +6,7 @@ import itertools
 import logging
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,8 @@ from fdg_cuda.batches import Batch
 from fdg_cuda.buffers import SavedBuffers
 from fdg_cuda.chain import check_loss, check_output
 from fdg_cuda.errors import said_where
-from fdg_cuda.nested import Nested, map_tensors
+from fdg_cuda.nested import Nested, map_tensors, tensors
+from fdg_cuda.precision import Precision
 
 logger = logging.getLogger("fdg_cuda")
 
@@ -92,6 +94,7 @@ def measure(
     loss: Callable[[Tensor, Nested], Tensor],
     *,
     threads: int,
+    precision: Precision = Precision.FLOAT32,
     synchronize: Callable[[], object] = lambda: None,
     random_devices: Sequence[int] = (),
 ) -> list[float]:
@@ -102,6 +105,7 @@ def measure(
 
     Args:
         threads: intra-op threads to measure with.
+        precision: in which layers and loss compute.
         synchronize: waits until the device has done what it was given.
         random_devices: CUDA devices whose random state is to be as before.
     """
@@ -113,7 +117,7 @@ def measure(
         torch.set_num_threads(threads)
         with torch.random.fork_rng(devices=list(random_devices)), torch.enable_grad():
             for _ in range(REPEATS + 1):
-                passed = _one_pass(layers, batch, loss, synchronize)
+                passed = _one_pass(layers, batch, loss, precision, synchronize)
                 for times, elapsed in zip(seconds, passed, strict=True):
                     times.append(elapsed)
     finally:
@@ -129,11 +133,15 @@ def _one_pass(
     layers: Sequence[nn.Module],
     batch: Batch,
     loss: Callable[[Tensor, Nested], Tensor],
+    precision: Precision,
     synchronize: Callable[[], object],
 ) -> list[float]:
     def now() -> float:
         synchronize()
         return time.perf_counter()
+
+    def autocast() -> AbstractContextManager[object]:
+        return precision.autocast(tensors(batch[0])[0].device.type)
 
     x, target = batch
     # Copies, since a layer may work in place on its input.
@@ -146,10 +154,13 @@ def _one_pass(
             leaf.requires_grad_()
         value = map_tensors(torch.clone, leaf)
         begin = now()
-        with said_where(f"layer {number}, a {type(layer).__name__}, at the first batch"):
+        with (
+            said_where(f"layer {number}, a {type(layer).__name__}, at the first batch"),
+            autocast(),
+        ):
             output = check_output(layer(value), f"layer {number}")
         if number == len(layers) - 1:
-            with said_where("the loss of the first batch"):
+            with said_where("the loss of the first batch"), autocast():
                 output = check_loss(loss(output, target), 0)
         seconds.append(now() - begin)
         inputs.append(leaf)

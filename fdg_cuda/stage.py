@@ -28,6 +28,7 @@ from fdg_cuda.layout import Step
 from fdg_cuda.nested import Nested, map_tensors, repacked, tensors
 from fdg_cuda.optim import DelayedOptimizer, DelayedTorch
 from fdg_cuda.parameter_sites import ParameterSites, graph_leaves
+from fdg_cuda.precision import Precision
 from fdg_cuda.randomness import RandomState
 from fdg_cuda.stage_optimizer import FusedSgd, StageOptimizer, State, TorchOptimizer
 from fdg_cuda.update_measures import UpdateMeasures, UpdateMeter
@@ -64,6 +65,7 @@ class Stage(ABC):
         slots: batches it holds at once.
         mode: which weights a backward uses.
         rule: how it comes from gradients to an update.
+        precision: in which forward and loss compute.
         device: where its parameters, activations and gradients lie.
 
     Attributes:
@@ -78,6 +80,7 @@ class Stage(ABC):
         *,
         mode: BackwardWeights,
         rule: UpdateRule,
+        precision: Precision,
         device: torch.device,
     ) -> None:
         self.index = index
@@ -86,6 +89,7 @@ class Stage(ABC):
         self._slots = [Slot() for _ in range(slots)]
         self._stash = mode.copy_per_slot
         self._rule = rule
+        self.precision = precision
         self._gradients: Gradients | None = None  # of the running fit, if Python has a part in it
         self._meter: UpdateMeter | None = None  # of the running fit, if updates are measured
         self._copies = slots if self._stash else 1
@@ -317,12 +321,14 @@ class Stage(ABC):
 
     def _compute(self, leaf: Nested, batch: int) -> tuple[Tensor, Tensor]:
         """What a backward starts from (at the last stage the loss), and the stage's output."""
-        with said_where(f"the forward of {self._named(batch)}"):
+        autocast = self.precision.autocast(self.device.type)
+        with said_where(f"the forward of {self._named(batch)}"), autocast:
             output = self._run_layers(leaf, batch)
         if not self.is_last:
             return output, output.detach()
         assert self.loss is not None
-        with said_where(f"the loss of batch {self._first_batch + batch}"):
+        autocast = self.precision.autocast(self.device.type)
+        with said_where(f"the loss of batch {self._first_batch + batch}"), autocast:
             return self.loss(output, batch), output.detach()
 
     def _run_layers(self, leaf: Nested, batch: int) -> Tensor:
@@ -362,12 +368,20 @@ class Stage(ABC):
                     root = self._forward_again(leaf, copy, batch, random_state)
                 assert root is not None
                 if root.requires_grad:
-                    torch.autograd.backward([root], [error])
+                    start = self._start(root, batch) if self.is_last else error
+                    torch.autograd.backward([root], [start])
         self.memory.collect_gradients(copy, row)
         if self._gradients is not None:
-            self._gradients.add()
+            self._gradients.add(batch, root if self.is_last else error)
+            if isinstance(leaf, Tensor) and leaf.grad is not None:
+                leaf.grad = self._gradients.passed_down(leaf.grad)
         if not self.is_first:
             self._pass_down(batch, leaf)
+
+    def _start(self, loss: Tensor, batch: int) -> Tensor | None:
+        """What the backward of ``loss`` starts from; None: from 1."""
+        scales = None if self._gradients is None else self._gradients.hyper.scales
+        return None if scales is None else torch.full_like(loss, scales.of(batch))
 
     def _update(self, source: int, copy: int, row: int, batch: int) -> None:
         """The update of ``batch`` where Python has a part in it: from weight copy ``source`` into
@@ -380,7 +394,10 @@ class Stage(ABC):
                 self._update_natively(source, copy, row, batch)
                 return
             ready = self._gradients.prepare(batch)
-            if isinstance(self._optimizer, TorchOptimizer):
+            if isinstance(self._optimizer, TorchOptimizer) and ready.skipped:
+                self.memory.copy_weights(source, copy)
+                self.memory.count_update()
+            elif isinstance(self._optimizer, TorchOptimizer):
                 self._optimizer.update(source, copy, ready, self._gradients.hyper.values(batch))
             else:
                 self._gradients.place(ready, row)

@@ -25,7 +25,8 @@ class TensorBoard(Callback):
     Every ``every`` batches ``batch/loss`` and ``batch/lr`` (``batch/lr_0``, ``batch/lr_1``, ... with
     several parameter groups); after each epoch ``train/loss``, ``train/accuracy``, ``time/seconds``
     (of training), ``time/samples_per_second``, ``time/data_wait`` and, where they are measured,
-    ``busy/stage_0``, ``busy/stage_1``, ... (shares in [0, 1]). The step is the number of batches
+    ``busy/stage_0``, ``busy/stage_1``, ... (shares in [0, 1]), and with ``precision="float16"``
+    ``scale/loss_scale`` and ``scale/skipped_0``, ... (updates). The step is the number of batches
     trained since training began, over all epochs and, with checkpoints, all parts of a run: what a
     run wrote behind the checkpoint it goes on from is not shown any more. Nor is what an earlier run
     wrote into ``folder`` once another begins anew there.
@@ -100,6 +101,10 @@ class TensorBoard(Callback):
         self.log("time/data_wait", result.data_wait)
         for stage, share in enumerate(result.busy or ()):
             self.log(f"busy/stage_{stage}", share)
+        if result.loss_scale is not None:
+            self.log("scale/loss_scale", result.loss_scale)
+        for stage, count in enumerate(result.skipped or ()):
+            self.log(f"scale/skipped_{stage}", count)
         self._flush()
 
     def on_checkpoint(self, path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -124,6 +124,7 @@ class Training:
             method=settings.method,
             split=settings.split,
             backward_weights=settings.backward_weights,
+            precision=settings.precision,
             cpu_threads=threads if parsed[0].type == "cpu" else None,
             graphs=GRAPHS[settings.graphs],
             **named_optimizer.runner_options(settings, self.model),
@@ -289,6 +290,8 @@ class Training:
         if settings.method != "bp":
             lines["method"] += f", beta {settings.beta:g}, {settings.backward_weights} weights"
         lines["optimizer"] = named_optimizer.described(settings)
+        if settings.precision != "float32":
+            lines["precision"] = settings.precision + _skipped(rows)
         best = best_epoch(rows)
         if best is not None:
             lines["test accuracy"] = (
@@ -315,6 +318,8 @@ class Training:
             samples_per_second=result.samples / result.seconds,
             data_wait=result.data_wait,
             busy=result.busy,
+            loss_scale=result.loss_scale,
+            skipped=result.skipped,
         )
 
     def _save(self) -> None:
@@ -349,3 +354,12 @@ class Training:
         stages = len(settings.devices or ())
         plural = "s" if stages != 1 else ""
         return f"{settings.model} on {settings.data}, {settings.method} in {stages} stage{plural}"
+
+
+def _skipped(rows: Sequence[EpochRow]) -> str:
+    """What the loss scale did in a whole run."""
+    counts = [row.skipped for row in rows if row.skipped is not None]
+    if not counts:
+        return ""
+    by_stage = "/".join(str(sum(of_stage)) for of_stage in zip(*counts, strict=True))
+    return f", updates skipped {by_stage} (by stage), loss scale {rows[-1].loss_scale:g}"

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fdg_cuda.callbacks import Callback
 from fdg_cuda.epoch import RunningEpoch
 from fdg_cuda.errors import CheckpointError
+from fdg_cuda.loss_scale import LossScale
 from fdg_cuda.metrics import EpochResult, History
 from fdg_cuda.optim import DelayedOptimizer
 from fdg_cuda.plain import from_plain, to_plain
@@ -40,6 +41,7 @@ class Parts:
     model: nn.Module
     stages: Callable[[], Sequence[Stage]]
     optimizer: DelayedOptimizer
+    loss_scale: LossScale | None
     lr_scheduler: Any
     loader: Any
     callbacks: Sequence[Callback]
@@ -118,6 +120,7 @@ class TrainingState:
             "history": [to_plain(asdict(result), "history") for result in parts.history.epochs],
             "model_extra": extra,
             "optimizer": {"keys": kept, "values": plain_values},
+            "loss_scale": None if parts.loss_scale is None else parts.loss_scale.state_dict(),
             "param_groups": _plain_groups(parts.optimizer),
             "lr_scheduler": None
             if scheduler is None
@@ -177,6 +180,8 @@ class TrainingState:
             own = _under(f"random.stage{stage.index}.", tensors)
             stage.set_random_state(tuple(own[str(number)] for number in range(len(own))))
         _load_groups(parts.optimizer, state["param_groups"])
+        if parts.loss_scale is not None:  # the precision, and with it this, is the recipe's
+            parts.loss_scale.load_state_dict(state["loss_scale"])
         if parts.lr_scheduler is not None:
             parts.lr_scheduler.load_state_dict(from_plain(state["lr_scheduler"]["state"]))
         for callback, kept in zip(parts.callbacks, state["callbacks"], strict=True):

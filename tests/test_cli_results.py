@@ -197,3 +197,11 @@ def test_results_that_cannot_be_written(
     monkeypatch.setattr("fdg_cuda.train.write_metrics", full)
     assert run_cli(f"{MLP} --epochs 1 --out out") == 1
     assert "No space left" in capfd.readouterr().err
+
+
+def test_half_precision(run_cli: Cli, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run_cli(f"{MLP} --epochs 1 --precision float16 --out out") == 0
+    (row,) = metrics(tmp_path / "out")
+    assert float(row["loss_scale"]) <= 2**16
+    assert all(row[f"skipped_{k}"].isdigit() for k in range(2))
+    assert "float16, updates skipped" in capfd.readouterr().out

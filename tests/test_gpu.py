@@ -25,12 +25,14 @@ from chains import (
     same_bits,
 )
 from nests import KINDS, nested
+from overflows import SPLIT, overflowing, single
 from plain import plain_evaluation, plain_outputs
 from torch import Tensor, nn
 
 from fdg_cuda import FDGRunner, _core
 from fdg_cuda.errors import CaptureError
 from fdg_cuda.flat import FlatMemory
+from fdg_cuda.loss_scale import LossScale
 from fdg_cuda.schedule import METHODS
 
 pytestmark = pytest.mark.gpu
@@ -38,6 +40,9 @@ pytestmark = pytest.mark.gpu
 # Sums in another order than on the CPU, over a few hundred updates.
 FLOAT64 = 1e-9
 FLOAT32 = 2e-3  # float32 rounds 5e8 times as coarsely
+# Half precision: other orders of sums round activations to other neighbours, 2**-9 and 2**-12 apart.
+BFLOAT16 = 2e-1
+FLOAT16 = 5e-2
 
 
 @pytest.fixture(autouse=True)
@@ -273,6 +278,68 @@ def test_the_host_waits_for_nothing_while_ticks_run() -> None:
 
     try:
         runner.fit(batches(100, last=None), on_batch=watch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("graphs", [False, True], ids=["eager", "graphs"])
+@pytest.mark.parametrize("backward_weights", ["stash", "current"])
+@pytest.mark.parametrize("stages", [1, 3])
+def test_bfloat16_agrees_with_the_cpu(stages: int, backward_weights: str, graphs: bool) -> None:
+    results = []
+    for device in ("cpu", 0):
+        runner = FDGRunner(
+            mlp().float(),
+            [device] * stages,
+            split=even_split(8, stages),
+            lr=0.02,
+            precision="bfloat16",
+            backward_weights=backward_weights,
+            graphs=graphs if device == 0 else "auto",
+        )
+        runner.fit(as_float32(batches(14)), epochs=2)
+        results.append(runner.state_dict())
+    assert largest_difference(*results) < BFLOAT16
+
+
+@pytest.mark.parametrize("options", [{}, {"clip_norm": 0.3}, {"accumulate": 2}], ids=str)
+@pytest.mark.parametrize("method", METHODS)
+def test_float16_leaves_out_what_the_cpu_does(method: str, options: dict[str, Any]) -> None:
+    results = []
+    for device in ("cpu", 0):
+        runner = FDGRunner(
+            overflowing((0, 2, 12)),
+            [device] * 3,
+            split=SPLIT,
+            lr=0.02,
+            method=method,
+            precision="float16",
+            **options,
+        )
+        runner._loss_scale = LossScale(2.0**10)  # small enough that nothing else overflows
+        history = runner.fit(as_float32(batches(16)), epochs=2)
+        shown = [(epoch.skipped, epoch.loss_scale) for epoch in history.epochs]
+        results.append((shown, runner.state_dict()))
+    (shown_cpu, weights_cpu), (shown_cuda, weights_cuda) = results
+    assert shown_cpu == shown_cuda
+    assert shown_cuda[0][0] is not None
+    assert shown_cuda[0][0][0] > 0
+    assert largest_difference(weights_cuda, weights_cpu) < FLOAT16
+
+
+def test_the_host_waits_for_nothing_in_float16() -> None:
+    runner = FDGRunner(
+        overflowing(range(25, 40)), [0, 0, 0], split=SPLIT, precision="float16", clip_norm=1.0
+    )
+
+    def watch(result: Any) -> None:
+        if result.batch == 20:
+            torch.cuda.set_sync_debug_mode("error")
+        if result.batch == 60:
+            torch.cuda.set_sync_debug_mode("default")
+
+    try:
+        runner.fit(single(100, last=None), on_batch=watch)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 from dataclasses import replace
@@ -74,6 +75,35 @@ def test_metrics_have_a_column_for_each_stages_busy_share(tmp_path: Path) -> Non
     assert [first["busy_0"], first["busy_1"], first["data_wait"]] == ["", "", "0.0"]
     assert [second["busy_0"], second["busy_1"]] == ["0.9712", "0.5"]
     assert second["data_wait"] == "0.3333"
+
+
+def test_metrics_have_the_loss_scale_and_the_updates_left_out_where_there_are_any(
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "metrics.csv"
+    write_metrics(file, [replace(row(1), loss_scale=1024.0, skipped=(3, 0))])
+    with file.open(newline="") as opened:
+        (only,) = csv.DictReader(opened)
+    assert list(only)[-4:] == ["data_wait", "loss_scale", "skipped_0", "skipped_1"]
+    assert list(only.values())[-3:] == ["1024.0", "3", "0"]
+
+
+def test_an_epochs_line_says_which_updates_were_left_out() -> None:
+    console = Console(width=200, record=True, file=io.StringIO())
+    progress = PlainProgress(console, 2, 10)
+    progress.epoch(replace(row(1), loss_scale=1024.0, skipped=(3, 0)))
+    progress.epoch(replace(row(2), loss_scale=1024.0, skipped=(0, 0)))
+    first, second = console.export_text().splitlines()
+    assert "skipped 3/0 (scale 1024)" in first
+    assert "skipped" not in second
+
+
+def test_a_batch_without_a_finite_loss_is_no_part_of_the_bars_average() -> None:
+    console = Console(width=200, file=io.StringIO())
+    progress = LiveProgress(console, 1, 4)
+    for loss in (0.5, NAN, 1.5):
+        progress.batch(BatchResult(0, 0, loss, 8, 4))
+    assert "loss 1.0000" in progress._status(1)
 
 
 def test_metrics_before_the_first_epoch_are_a_header(tmp_path: Path) -> None:

@@ -361,3 +361,10 @@ def test_the_newest_damaged_checkpoint_is_passed_over(
     newest.write_bytes(newest.read_bytes()[:-7])
     assert same_bits(everything(*a_run(tmp_path / "run", resume=True)), expected)
     assert newest.name in caplog.text
+
+
+def test_a_runner_with_default_hyper_parameters(tmp_path: Path) -> None:
+    """A default is a number of its own type, which a file cannot hold."""
+    runner = FDGRunner(mlp(), ["cpu"] * 2, split=[4])
+    runner.fit(batches(3), checkpoints=tmp_path)
+    assert {type(runner.optimizer.param_groups[0][n]) for n in ("lr", "momentum")} == {float}

@@ -95,6 +95,15 @@ def test_batches_and_epochs_are_curves_over_all_batches(tmp_path: Path) -> None:
         assert [value for _, value in shown[name]] == pytest.approx(values, rel=1e-6)
 
 
+def test_the_loss_scale_and_the_updates_it_left_out_are_curves(tmp_path: Path) -> None:
+    runner = FDGRunner(mlp().float(), ["cpu", "cpu"], split=[4], precision="float16")
+    data = [(x.float() * 1e6, y) for x, y in batches(2)]
+    runner.fit(data, callbacks=[TensorBoard(tmp_path)])
+    shown = curves(tmp_path)
+    assert shown["scale/skipped_0"] == shown["scale/skipped_1"] == [(2, 2.0)]
+    assert shown["scale/loss_scale"] == [(2, 2.0**15)]
+
+
 def test_figures_of_ones_own_are_at_the_present_step(tmp_path: Path) -> None:
     board = TensorBoard(tmp_path)
 
