@@ -197,3 +197,27 @@ def test_results_that_cannot_be_written(
     monkeypatch.setattr("fdg_cuda.train.write_metrics", full)
     assert run_cli(f"{MLP} --epochs 1 --out out") == 1
     assert "No space left" in capfd.readouterr().err
+
+
+def test_a_checkpoint_that_finds_no_room_ends_nothing(
+    run_cli: Cli,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from fdg_cuda import tensor_file
+
+    bytes_of, full = tensor_file._bytes_of, [True]
+
+    def write(tensor: torch.Tensor) -> Any:
+        if full.pop() if full else False:
+            raise OSError(28, "No space left on device")
+        return bytes_of(tensor)
+
+    monkeypatch.setattr(tensor_file, "_bytes_of", write)
+    assert run_cli(f"{MLP} --epochs 2 --batch-size 512 --out out") == 0
+    assert "No space left on device" in caplog.text
+    assert "the next one is another try" in caplog.text
+    kept = [path.name for path in (tmp_path / "out" / "checkpoints").iterdir()]
+    assert kept == ["checkpoint-000000006.safetensors"], "that of the second epoch"
+    assert len(metrics(tmp_path / "out")) == 2

@@ -95,6 +95,7 @@ def test_a_dead_worker_is_said_in_plain_words(
         assert "num_workers=0" in said
         assert "resume=True" in said
         assert isinstance(caught.value.__cause__, (RuntimeError, OSError, EOFError))
+        assert not children(), "although the exception is still known"
         del caught
     no_thread_left()
     assert len(runner.fit(loader_of()).batch_losses) == BATCHES
@@ -130,7 +131,7 @@ def test_what_a_data_set_raises_comes_out_with_its_place(stages: int) -> None:
     assert "in raises" in str(caught.value), "torch adds the worker's traceback"
     if sys.version_info >= (3, 11):
         assert caught.value.__notes__ == ["(in the loader, at batch 4 of epoch 0)"]
-    del caught  # or the workers would end with the garbage collector's next round
+    assert not children(), "although the exception is still known"
     assert len(runner.fit(loader_of()).batch_losses) == BATCHES
 
 
@@ -145,7 +146,6 @@ def test_what_a_data_set_raises_is_no_death(error: type[Exception]) -> None:
     with pytest.raises(error, match="of the data set") as caught:
         runner_of(2).fit(loader_of(trouble))
     assert not is_death_of_worker(caught.value)
-    del caught
 
 
 class Kills(Callback):
