@@ -205,16 +205,16 @@ def test_a_checkpoint_that_finds_no_room_ends_nothing(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from fdg_cuda import tensor_file
+    from fdg_cuda.checkpoint import CheckpointFolder
 
-    bytes_of, full = tensor_file._bytes_of, [True]
+    save, full = CheckpointFolder.save, [True]
 
-    def write(tensor: torch.Tensor) -> Any:
-        if full.pop() if full else False:
+    def once_full(*arguments: Any, **keywords: Any) -> Path:
+        if full and full.pop():
             raise OSError(28, "No space left on device")
-        return bytes_of(tensor)
+        return save(*arguments, **keywords)
 
-    monkeypatch.setattr(tensor_file, "_bytes_of", write)
+    monkeypatch.setattr(CheckpointFolder, "save", once_full)
     assert run_cli(f"{MLP} --epochs 2 --batch-size 512 --out out") == 0
     assert "No space left on device" in caplog.text
     assert "the next one is another try" in caplog.text
