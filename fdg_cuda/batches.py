@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fdg_cuda.loader_workers import end_workers_of
 from fdg_cuda.nested import Nested, check_nested
 
 Batch = tuple[Nested, Nested]
@@ -123,12 +124,14 @@ class Batches:
         return (check_batch(item, number) for number, item in enumerate(iterator, skip))
 
     def close(self) -> None:
-        """Nothing more will be read. What a loader with ``iter_from`` keeps for a pass ends now, not
-        when the last exception is forgotten whose traceback leads to it. Other iterators may be
-        the caller's, to go on with."""
+        """Nothing more will be read. The processes of a pass that a torch ``DataLoader``, or a loader
+        with ``iter_from``, was asked for end now. Other iterators may be the caller's, to go on with.
+        """
         iterator, self._iterator, self._begun = self._iterator, None, None
         if self._iter_from is not None and isinstance(iterator, Generator):
             iterator.close()
+        elif iterator is not self._loader:
+            end_workers_of(iterator)
 
     def _begin(self, at: int = 0) -> Iterator[Any]:
         if self._begun is None:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, dataloader
 
 PREFETCH = 2  # batches each worker makes ahead
 Place = tuple[int, int]  # epoch and batch within it, both 0-based
@@ -77,6 +77,18 @@ class WorkerTeam:
             # an exception and with it the frames that refer to the iterator.
             self._iterator._shutdown_workers()
             self._iterator = None
+
+
+def end_workers_of(iterator: object) -> None:
+    """End the processes of a torch ``DataLoader``'s iterator, unless they belong to the loader.
+
+    Left to the garbage collector they would stay as long as an exception whose traceback leads to the
+    iterator, and then make it wait some seconds for each.
+    """
+    if isinstance(iterator, dataloader._MultiProcessingDataLoaderIter) and not (
+        iterator._persistent_workers
+    ):
+        iterator._shutdown_workers()
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import multiprocessing
 import os
 import time
 from collections.abc import Iterator
@@ -13,7 +14,8 @@ PATIENCE_SECONDS = 5.0
 
 
 def children() -> set[int]:
-    """Process ids of this process's children."""
+    """Process ids of this process's children that run, or that nobody will ask how they ended."""
+    multiprocessing.active_children()  # which asks those of its own; else the next start would
     lists = Path("/proc/self/task").glob("*/children")
     return {int(pid) for each in lists for pid in each.read_text().split()}
 
@@ -40,8 +42,9 @@ def nothing_left() -> Iterator[None]:
     gc.collect()
     processes, files = children(), descriptors()
     yield
-    gc.collect()
     give_up = time.monotonic() + PATIENCE_SECONDS
+    gc.collect()
     while left := [*(children() - processes), *(descriptors().items() - files.items())]:
         assert time.monotonic() < give_up, f"left: {left}"
         time.sleep(0.01)
+        gc.collect()

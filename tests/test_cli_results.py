@@ -205,3 +205,27 @@ def test_half_precision(run_cli: Cli, tmp_path: Path, capfd: pytest.CaptureFixtu
     assert float(row["loss_scale"]) <= 2**16
     assert all(row[f"skipped_{k}"].isdigit() for k in range(2))
     assert "float16, updates skipped" in capfd.readouterr().out
+
+
+def test_a_checkpoint_that_finds_no_room_ends_nothing(
+    run_cli: Cli,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from fdg_cuda.checkpoint import CheckpointFolder
+
+    save, full = CheckpointFolder.save, [True]
+
+    def once_full(*arguments: Any, **keywords: Any) -> Path:
+        if full and full.pop():
+            raise OSError(28, "No space left on device")
+        return save(*arguments, **keywords)
+
+    monkeypatch.setattr(CheckpointFolder, "save", once_full)
+    assert run_cli(f"{MLP} --epochs 2 --batch-size 512 --out out") == 0
+    assert "No space left on device" in caplog.text
+    assert "the next one is another try" in caplog.text
+    kept = [path.name for path in (tmp_path / "out" / "checkpoints").iterdir()]
+    assert kept == ["checkpoint-000000006.safetensors"], "that of the second epoch"
+    assert len(metrics(tmp_path / "out")) == 2

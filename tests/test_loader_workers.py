@@ -7,7 +7,7 @@ import os
 import pickle
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,8 @@ BATCHES = 7
 
 
 @pytest.fixture(autouse=True)
-def no_process_left() -> Iterator[None]:
+def no_process_left(no_thread_left: Callable[[], None]) -> Iterator[None]:
+    """Looked at before the threads, since it lets exceptions go that keep some."""
     with nothing_left():
         yield
 

@@ -72,7 +72,8 @@ def raises(index: int) -> None:
 
 
 @pytest.fixture(autouse=True)
-def no_process_left() -> Iterator[None]:
+def no_process_left(no_thread_left: Callable[[], None]) -> Iterator[None]:
+    """Looked at before the threads, since it lets exceptions go that keep some."""
     with nothing_left():
         yield
 
@@ -94,6 +95,7 @@ def test_a_dead_worker_is_said_in_plain_words(
         assert "num_workers=0" in said
         assert "resume=True" in said
         assert isinstance(caught.value.__cause__, (RuntimeError, OSError, EOFError))
+        assert not children(), "although the exception is still known"
         del caught
     no_thread_left()
     assert len(runner.fit(loader_of()).batch_losses) == BATCHES
@@ -115,7 +117,8 @@ def test_training_goes_on_from_the_last_checkpoint(
     expected = train("unbroken", lambda index: None)
     with pytest.raises((LoaderWorkerError, LookupError)):
         train("run", trouble)
-    kept = {path.name for path in (tmp_path / "run").iterdir()}
+    # A death may be known before the batches that were made before it are trained.
+    kept = {path.name for path in tmp_path.glob("run/*")}
     assert kept <= {f"checkpoint-{n:09}.safetensors" for n in (2, 4)}
     assert same_bits(train("run", lambda index: None, resume=True), expected)
 
@@ -128,6 +131,7 @@ def test_what_a_data_set_raises_comes_out_with_its_place(stages: int) -> None:
     assert "in raises" in str(caught.value), "torch adds the worker's traceback"
     if sys.version_info >= (3, 11):
         assert caught.value.__notes__ == ["(in the loader, at batch 4 of epoch 0)"]
+    assert not children(), "although the exception is still known"
     assert len(runner.fit(loader_of()).batch_losses) == BATCHES
 
 
@@ -166,8 +170,11 @@ def test_workers_that_stay_and_die_between_epochs() -> None:
 class Signals(Callback):
     """As a service manager stops a service: all of its processes at the same time."""
 
+    def __init__(self, *, epoch: int) -> None:
+        self.epoch = epoch
+
     def on_batch_end(self, result: Any) -> None:
-        if result.epoch == 0 and result.batch == 0:
+        if (result.epoch, result.batch) == (self.epoch, 0):
             os.kill(os.getpid(), signal.SIGTERM)
             for child in children():
                 os.kill(child, signal.SIGTERM)
@@ -175,21 +182,18 @@ class Signals(Callback):
 
 def test_a_signal_that_ends_the_workers_too_stops_at_a_checkpoint(tmp_path: Path) -> None:
     runner = runner_of(2)
-    loader = DataLoader(Samples(), batch_size=1, num_workers=2)
+    loader = DataLoader(Samples(), batch_size=2, num_workers=2)
     with pytest.raises(KeyboardInterrupt) as stopped:
-        runner.fit(loader, EPOCHS, callbacks=[Signals()], checkpoints=tmp_path)
+        runner.fit(loader, EPOCHS, callbacks=[Signals(epoch=0)], checkpoints=tmp_path)
     assert stopped.value.signal == "SIGTERM"  # type: ignore[attr-defined]
     assert stopped.value.checkpoint is not None  # type: ignore[attr-defined]
     resumed = Checkpoints(tmp_path, resume=True)
-    history = runner_of(2).fit(loader, EPOCHS, checkpoints=resumed)
-    assert len(history.batch_losses) == EPOCHS * SAMPLES
+    history = runner_of(2).fit(loader, EPOCHS, callbacks=[Signals(epoch=-1)], checkpoints=resumed)
+    assert len(history.batch_losses) == EPOCHS * SAMPLES // 2
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_command_exits_with_0_when_its_whole_group_is_told_to_stop(
-    tmp_path: Path, number: signal.Signals
-) -> None:
-    """As Ctrl-C in a terminal does, or systemd."""
+def test_ctrl_c_in_a_terminal_ends_the_command_with_0(tmp_path: Path) -> None:
+    """It goes to the whole group of processes, the workers too."""
     command = f"{MLP} --epochs 300 --workers 2 --checkpoint-every 5 --out run"
     process = start(command, tmp_path, own_group=True)
     checkpoints = tmp_path / "run" / "checkpoints"
@@ -198,10 +202,10 @@ def test_the_command_exits_with_0_when_its_whole_group_is_told_to_stop(
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < give_up
         time.sleep(0.01)
-    os.killpg(process.pid, number)
+    os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
-    assert f"{number.name}: stopped before batch" in errors
+    assert "SIGINT: stopped before batch" in errors
     assert "--resume" in errors
     with pytest.raises(ProcessLookupError):  # nobody is left in the group
         os.killpg(process.pid, 0)
