@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from fdg_cuda import _core
 from fdg_cuda.accelerator import Graph, accelerator
 from fdg_cuda.buffers import SavedBuffers
+from fdg_cuda.chain import HOOKS
 from fdg_cuda.cuda_stage import CudaStage
 from fdg_cuda.errors import CaptureError, DeviceOutOfMemoryError
 from fdg_cuda.mail import Form, addresses, extent, laid_out_like, without_gaps, word
@@ -33,7 +34,6 @@ logger = logging.getLogger("fdg_cuda")
 
 # cuDNN and cuBLAS choose kernels and take workspaces in the first; the rest shows what stays.
 WARM_UPS = 3
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 Intake = tuple[int, int, int, int]
 Words = tuple[int, list[int]]
