@@ -32,7 +32,7 @@ from fdg_cuda.hyper import HyperTable
 from fdg_cuda.layout import INBOX_HALVES, CudaLayout, Step, Transfer
 from fdg_cuda.mail import Form, Inbox, Outbox, laid_out_like, turns, without_gaps, word
 from fdg_cuda.metrics import correct_on_device
-from fdg_cuda.nested import Nested
+from fdg_cuda.nested import Nested, repacked
 from fdg_cuda.precision import Precision
 from fdg_cuda.randomness import RandomState
 from fdg_cuda.schedule import Kind
@@ -394,7 +394,9 @@ class CudaStage(Stage):
 
     def _loss(self, output: Tensor, batch: int) -> Tensor:
         """The loss of ``output``, which goes to :attr:`metrics` too."""
-        loss = check_loss(self.fit.loss_fn(output, self._target), self._first_batch + batch)
+        # New containers: warming up and capturing a graph compute the loss of one target again.
+        target = repacked(self._target)
+        loss = check_loss(self.fit.loss_fn(output, target), self._first_batch + batch)
         correct = correct_on_device(output.detach(), self._target)
         self.metrics.copy_(torch.stack([loss.detach().double().reshape(()), correct]))
         return loss
