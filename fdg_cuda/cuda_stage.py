@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from weakref import ReferenceType, ref
 
 import numpy as np
@@ -206,6 +206,13 @@ class CudaStage(Stage):
     @below.setter
     def below(self, stage: CudaStage | None) -> None:
         self._below = None if stage is None else ref(stage)
+
+    def optimizer_state(self) -> dict[nn.Parameter, dict[str, Any]]:
+        copies = super().optimizer_state()
+        # An optimizer may let go of what was copied, which the stage's stream would then use anew
+        # without waiting for the stream that copies.
+        accelerator().synchronize(self.ordinal)
+        return copies
 
     def snapshot(self) -> Snapshot:
         with said_out_of_memory(self.index, self.ordinal):
