@@ -64,7 +64,7 @@ class StageGraphs:
         self._slots: dict[int, SlotGraphs] = {}
         self._forwards: dict[tuple[int, int], tuple[_core.CudaGraphWork, int]] = {}
         self._backwards: dict[tuple[int, int], _core.CudaGraphWork] = {}
-        self._eager_because: str | None = None
+        self._runs_eagerly = False
         self._warm = False
         self._draws_random_numbers = False
         self._circumstances: object = None
@@ -103,7 +103,7 @@ class StageGraphs:
         if now == self._circumstances:
             return
         self._circumstances = now
-        self._eager_because = None
+        self._runs_eagerly = False
         self._warm = False
         self._drop()
         self._backward_pool = accelerator().graph_pool()
@@ -134,7 +134,7 @@ class StageGraphs:
 
     def _prepare(self, slot: int, copy: int, half: int, batch: int) -> None:
         """Before the first regular batch in ``slot`` and ``half``: its input has arrived."""
-        if slot not in self._slots and self._eager_because is None:
+        if slot not in self._slots and not self._runs_eagerly:
             with self._stage.enqueuing():
                 self._capture(slot, copy, batch)
         if slot in self._slots:
@@ -324,8 +324,7 @@ class StageGraphs:
         self, reason: str, *, expected: bool = False, cause: BaseException | None = None
     ) -> None:
         stage = self._stage
-        self._eager_because = reason
-        stage.fit.eager_because[stage.index] = reason
+        self._runs_eagerly = True
         if expected:
             logger.info("stage %d runs eagerly: %s", stage.index, reason)
             return

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 from weakref import ReferenceType, ref
@@ -46,10 +46,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("fdg_cuda")
 
-REPLAY_IS_EAGER = (
-    "backward_weights='replay' runs forwards again in the backward, with buffers and random numbers put "
-    "back on the host, which a graph cannot hold"
-)
 METRICS = 2  # float64: loss, correct answers (NaN where there are no classes)
 WORD = np.uint64
 
@@ -81,7 +77,6 @@ class CudaFit:
     result_addresses: np.ndarray
     loss_fn: LossFunction
     graphs: str
-    eager_because: dict[int, str] = field(default_factory=dict)
 
 
 class CudaStage(Stage):
@@ -158,12 +153,7 @@ class CudaStage(Stage):
                     ticks_in_flight=fit.ticks_in_flight,
                 )
         self.loss = self._loss
-        self._graphs = None
-        if fit.graphs != "never":
-            if self.replays:
-                fit.eager_because[self.index] = REPLAY_IS_EAGER
-            else:
-                self._graphs = StageGraphs(self)
+        self._graphs = None if fit.graphs == "never" or self.replays else StageGraphs(self)
 
     def end_fit(self) -> None:
         super().end_fit()
