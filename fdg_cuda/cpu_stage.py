@@ -69,8 +69,8 @@ class CpuStage(Stage):
         """Lay the parameters out anew if they changed, and make the native update."""
         self.lay_out_anew()
         self._seed_generator()
-        options = self.begin_updates(hyper)
-        if self._rule.optimizer is None:
+        options = self._updates.begin_fit(hyper)
+        if self._updates.native:
             self._sgd = self.memory.cpu_sgd(hyper.table, threads, **options)
 
     def _seed_generator(self) -> None:
@@ -138,7 +138,7 @@ class CpuStage(Stage):
                 if not self.memory.parameters:
                     return None
                 source = step.source if self._stash else 0
-                if self._updates_in_python:
+                if self._updates.in_python:
                     return partial(self._update, source, copy, 0)
                 return self.native_sgd.update(source, copy)
             case _:

@@ -129,8 +129,8 @@ class CudaStage(Stage):
                 staged_below=not self.is_first and fit.staged[self.index - 1],
                 staged_above=not self.is_last and fit.staged[self.index],
             )
-            options = self.begin_updates(fit.hyper)
-            if self.memory.parameters and self._rule.optimizer is None:
+            options = self._updates.begin_fit(fit.hyper)
+            if self.memory.parameters and self._updates.native:
                 self._sgd = _core.CudaSgd(
                     **self.memory.addresses(fit.hyper.table, **options),
                     gradient_dtype=DTYPES[self.memory.dtype],
@@ -235,7 +235,7 @@ class CudaStage(Stage):
                 return self._sgd.copy(step.source, slot)
             case Kind.UPDATE:
                 source = step.source if self._stash else 0
-                if self._updates_in_python and self.memory.parameters:
+                if self._updates.in_python and self.memory.parameters:
                     return partial(self._enqueue_update, source, copy, slot)
                 return self._sgd.update(source, copy, slot) if self._sgd else None
             case Kind.SEND_ACTIVATION:
