@@ -10,6 +10,13 @@ import torch
 from torch import Tensor, nn
 
 TRAINABLE_DTYPES = (torch.float32, torch.float64)
+# Where a module keeps its hooks, and what people call those.
+HOOKS = {
+    "_forward_hooks": "forward hook",
+    "_forward_pre_hooks": "forward pre-hook",
+    "_backward_hooks": "backward hook",
+    "_backward_pre_hooks": "backward pre-hook",
+}
 
 
 def as_chain(model: nn.Sequential | Sequence[nn.Module]) -> nn.Sequential:
@@ -54,6 +61,18 @@ def check_unchanged(model: nn.Sequential, layers: Sequence[nn.Module]) -> None:
             "layers of the model were added, removed or replaced since this runner was made; "
             "make a new FDGRunner for the changed model"
         )
+
+
+def check_hooks(model: nn.Sequential) -> None:
+    """Raises:
+    ValueError: ``model`` itself, not one of its layers, has a hook.
+    """
+    for attribute, name in HOOKS.items():
+        if getattr(model, attribute, None):
+            raise ValueError(
+                f"the model itself has a {name}, which would not be called: stages call its layers "
+                f"one by one. Register it on a layer, model[0] or model[-1] say."
+            )
 
 
 def check_parameters(model: nn.Module, *, on_cpu: bool = True) -> None:

@@ -1,4 +1,8 @@
-"""Forward passes over stages on the CPU: a thread per stage, with its share of the cores."""
+"""Forward passes over stages on the CPU: a thread per stage, with its share of the cores.
+
+Each stage draws random numbers from a generator of its own, as in training: threads that share torch's
+would take them in the order in which they happen to run.
+"""
 
 from __future__ import annotations
 
@@ -21,11 +25,14 @@ from fdg_cuda.nested import Nested, cloned
 from fdg_cuda.pipeline import MAX_TICKS_IN_FLIGHT
 from fdg_cuda.precision import Precision
 from fdg_cuda.program import Program
+from fdg_cuda.randomness import drawing_from, reroute_generator, restore_generator, seed_stage
 from fdg_cuda.schedule import Kind
 
 
 class CpuInference:
     """Streams of one evaluation; ``close`` ends them whatever happened.
+
+    The stages' generators are seeded from where torch's stands, which is left there.
 
     Args:
         parts: the layers of each stage.
@@ -47,6 +54,7 @@ class CpuInference:
         delays: tuple[int, int] = (0, 0),
     ) -> None:
         self._ends = ends = _Ends(finish, first)
+        self._rerouted = False
         self._schedule = ForwardSchedule(len(parts))
         layout = ForwardLayout(len(parts))
         self._scheduler = Scheduler(
@@ -58,7 +66,12 @@ class CpuInference:
         )
         try:
             set_threads_of_streams(self._scheduler, len(parts), threads)
-            stages = [_ForwardStage(k, layers, precision, ends) for k, layers in enumerate(parts)]
+            reroute_generator()
+            self._rerouted = True
+            seed = _next_number()
+            stages = [
+                _ForwardStage(k, layers, precision, ends, seed) for k, layers in enumerate(parts)
+            ]
             for lower, upper in pairwise(stages):
                 lower.above = upper
             self._program = Program(self._schedule, layout, self._scheduler, stages)
@@ -69,6 +82,9 @@ class CpuInference:
     def close(self) -> None:
         """End all streams. What has not begun is dropped."""
         self._scheduler.close()
+        if self._rerouted:
+            restore_generator()
+            self._rerouted = False
 
     def run(self, batches: Iterator[Batch]) -> Iterator[Tensor]:
         """What ``finish`` made of each batch, in order, a bounded number of batches behind."""
@@ -109,19 +125,30 @@ class _ForwardStage:
     """Its forward runs on its own thread; gradients and settings are a thread's own too."""
 
     def __init__(
-        self, index: int, layers: Sequence[nn.Module], precision: Precision, ends: _Ends
+        self,
+        index: int,
+        layers: Sequence[nn.Module],
+        precision: Precision,
+        ends: _Ends,
+        seed: int,
     ) -> None:
         self.above: _ForwardStage | None = None
         self._index = index
         self._layers = list(layers)
         self._precision = precision
         self._ends = ends
+        self._generator = torch.Generator()
+        seed_stage(self._generator, seed, index)
         self._inference_mode = torch.is_inference_mode_enabled()  # of the caller
         self._inbox: list[Tensor | None] = [None] * INBOX_HALVES
         self._output: Tensor | None = None
 
     def work(self, step: Step) -> Callable[[int], None]:
-        return self._forward if step.kind is Kind.FORWARD else self._send
+        return self._draw_own if step.kind is Kind.FORWARD else self._send
+
+    def _draw_own(self, batch: int) -> None:
+        with drawing_from(self._generator):
+            self._forward(batch)
 
     def _forward(self, batch: int) -> None:
         half = batch % INBOX_HALVES
@@ -145,3 +172,10 @@ class _ForwardStage:
         assert self.above is not None
         self.above._inbox[batch % INBOX_HALVES] = self._output
         self._output = None
+
+
+def _next_number() -> int:
+    """What torch's generator would draw next."""
+    ahead = torch.Generator()
+    ahead.set_state(torch.default_generator.get_state())
+    return int(torch.randint(2**63 - 1, (), generator=ahead))

@@ -18,7 +18,7 @@ from fdg_cuda.interrupts import Interrupts
 from fdg_cuda.layout import CpuLayout
 from fdg_cuda.loss_scale import LossScale
 from fdg_cuda.metrics import count_correct
-from fdg_cuda.nested import Nested, cloned, sample_count
+from fdg_cuda.nested import Nested, cloned, repacked, sample_count
 from fdg_cuda.optim import DelayedOptimizer
 from fdg_cuda.pipeline import MAX_TICKS_IN_FLIGHT, LossFunction, Pipeline
 from fdg_cuda.program import Program
@@ -102,7 +102,8 @@ class CpuPipeline(Pipeline):
     def _loss(self, output: Tensor, batch: int) -> Tensor:
         """Runs on the last stage's stream."""
         target = self._targets.pop(batch)
-        loss = self._loss_fn(output, target)
+        # New containers: what the loss takes out of them still counts as samples.
+        loss = self._loss_fn(output, repacked(target))
         check_loss(loss, self._first_batch + batch)
         value = loss.item()
         if not math.isfinite(value) and self._scales is None:

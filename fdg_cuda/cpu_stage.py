@@ -24,8 +24,8 @@ class CpuStage(Stage):
     """Its forward and backward run on its own thread.
 
     Args:
-        alone: whether it is the only one. Then its random numbers begin where those of torch's own
-            generator would, as in plain training.
+        alone: whether it is the only one. Then its random numbers begin where torch's own generator
+            stands, as in plain training.
 
     Attributes:
         generator: where its layers' random numbers come from.
@@ -53,7 +53,7 @@ class CpuStage(Stage):
         )
         self._alone = alone
         self.generator = torch.Generator()
-        self._seeded_from: int | bytes | None = None
+        self._seeded_from: int | None = None
         # Wiring, set by the runner.
         self.below: CpuStage | None = None
         self.above: CpuStage | None = None
@@ -69,27 +69,24 @@ class CpuStage(Stage):
         """Lay the parameters out anew if they changed, and make the native update."""
         self.lay_out_anew()
         self._seed_generator()
-        options = self.begin_updates(hyper)
-        if self._rule.optimizer is None:
+        options = self._updates.begin_fit(hyper)
+        if self._updates.native:
             self._sgd = self.memory.cpu_sgd(hyper.table, threads, **options)
 
     def _seed_generator(self) -> None:
-        """Later fits go on where the one before ended, unless the user's generator was moved: seeded
-        anew, and where the stage is alone, drawn from."""
-        source = self._source_of_seed()
-        if self._seeded_from == source:
+        """Later fits go on where the one before ended, unless the user seeded torch anew.
+
+        The seed tells, not where the generator stands: every ``iter`` of a DataLoader draws from it.
+        """
+        seed = torch.default_generator.initial_seed()
+        if self._seeded_from == seed:
             return
-        self._seeded_from = source
+        self._seeded_from = seed
         if self._alone:
             # Not torch's own itself: what the loader draws meanwhile would come between.
             self.generator.set_state(torch.default_generator.get_state())
         else:
-            seed_stage(self.generator, torch.default_generator.initial_seed(), self.index)
-
-    def _source_of_seed(self) -> int | bytes:
-        if self._alone:
-            return torch.default_generator.get_state().numpy().tobytes()
-        return torch.default_generator.initial_seed()
+            seed_stage(self.generator, seed, self.index)
 
     def end_fit(self) -> None:
         super().end_fit()
@@ -109,7 +106,7 @@ class CpuStage(Stage):
         (own,) = state
         self.generator.set_state(own)
         if self._sgd is None:  # between two fits: the next one goes on from here
-            self._seeded_from = self._source_of_seed()
+            self._seeded_from = torch.default_generator.initial_seed()
 
     @property
     def is_first(self) -> bool:
@@ -141,7 +138,7 @@ class CpuStage(Stage):
                 if not self.memory.parameters:
                     return None
                 source = step.source if self._stash else 0
-                if self._updates_in_python:
+                if self._updates.in_python:
                     return partial(self._update, source, copy, 0)
                 return self.native_sgd.update(source, copy)
             case _:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from fdg_cuda import _core
 from fdg_cuda.accelerator import Graph, accelerator
 from fdg_cuda.buffers import SavedBuffers
+from fdg_cuda.chain import HOOKS
 from fdg_cuda.cuda_stage import CudaStage
 from fdg_cuda.errors import CaptureError, DeviceOutOfMemoryError
 from fdg_cuda.mail import Form, addresses, extent, laid_out_like, without_gaps, word
@@ -33,7 +34,6 @@ logger = logging.getLogger("fdg_cuda")
 
 # cuDNN and cuBLAS choose kernels and take workspaces in the first; the rest shows what stays.
 WARM_UPS = 3
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 Intake = tuple[int, int, int, int]
 Words = tuple[int, list[int]]
@@ -64,7 +64,7 @@ class StageGraphs:
         self._slots: dict[int, SlotGraphs] = {}
         self._forwards: dict[tuple[int, int], tuple[_core.CudaGraphWork, int]] = {}
         self._backwards: dict[tuple[int, int], _core.CudaGraphWork] = {}
-        self._eager_because: str | None = None
+        self._runs_eagerly = False
         self._warm = False
         self._draws_random_numbers = False
         self._circumstances: object = None
@@ -103,7 +103,7 @@ class StageGraphs:
         if now == self._circumstances:
             return
         self._circumstances = now
-        self._eager_because = None
+        self._runs_eagerly = False
         self._warm = False
         self._drop()
         self._backward_pool = accelerator().graph_pool()
@@ -134,7 +134,7 @@ class StageGraphs:
 
     def _prepare(self, slot: int, copy: int, half: int, batch: int) -> None:
         """Before the first regular batch in ``slot`` and ``half``: its input has arrived."""
-        if slot not in self._slots and self._eager_because is None:
+        if slot not in self._slots and not self._runs_eagerly:
             with self._stage.enqueuing():
                 self._capture(slot, copy, batch)
         if slot in self._slots:
@@ -145,18 +145,18 @@ class StageGraphs:
     def _equip_forward(self, slot: int, half: int) -> None:
         stage, graphs = self._stage, self._slots[slot]
         assert graphs.forward is not None
-        sent = 0 if stage.is_first else word(stage.inbox.sent, half)[0]
-        intakes = [_intake(word(stage.inbox.address, half)[0], extent(graphs.input), sent)]
+        sent = 0 if stage.is_first else word(stage.mail.inbox.sent, half)[0]
+        intakes = [_intake(word(stage.mail.inbox.address, half)[0], extent(graphs.input), sent)]
         if graphs.target is not None:
-            source = word(stage.targets.address, half)[0]
+            source = word(stage.mail.targets.address, half)[0]
             intakes.append(_intake(source, extent(graphs.target), 0))
         words: list[Words] = []
         if stage.above is not None:
             assert graphs.sent is not None
-            inbox = stage.above.inbox
+            inbox = stage.above.mail.inbox
             inbox.reserve(half, graphs.sent.nbytes)
             words = [
-                (word(stage.output_words, slot)[0], [graphs.sent.data_ptr()]),
+                (word(stage.mail.output_words, slot)[0], [graphs.sent.data_ptr()]),
                 (word(inbox.sent, half)[0], [graphs.sent.nbytes]),
                 (word(inbox.by_graph, half)[0], [1]),
             ]
@@ -168,16 +168,17 @@ class StageGraphs:
             return
         intakes: list[Intake] = []
         if graphs.error is not None:
-            source, sent = word(stage.errors.address, half)[0], word(stage.errors.sent, half)[0]
+            inbox = stage.mail.errors
+            source, sent = word(inbox.address, half)[0], word(inbox.sent, half)[0]
             intakes.append(_intake(source, extent(graphs.error), sent))
         row = stage.memory.gradient_table[slot]
         words: list[Words] = [(int(row.ctypes.data), list(graphs.gradients))]
         if stage.below is not None:
-            errors, (address, nbytes) = stage.below.errors, graphs.error_down
+            errors, (address, nbytes) = stage.below.mail.errors, graphs.error_down
             words += [
                 (word(errors.sent, half)[0], [nbytes]),
                 (word(errors.by_graph, half)[0], [1]),
-                (word(stage.error_words, 0)[0], [address]),
+                (word(stage.mail.error_words, 0)[0], [address]),
             ]
             errors.reserve(half, nbytes)
         self._use(self._backwards[slot, half], graphs.backward, intakes, words)
@@ -280,11 +281,11 @@ class StageGraphs:
             if self._error is None:
                 self._error = torch.zeros_like(graphs.sent)
             graphs.error = self._error
-            if stage.above.inbox.regular not in (None, form):
+            if stage.above.mail.inbox.regular not in (None, form):
                 raise CaptureError("its output changes its layout from batch to batch")
-            stage.above.inbox.regular = form
+            stage.above.mail.inbox.regular = form
         if stage.below is not None:
-            stage.below.errors.regular = Form.of(graphs.input)
+            stage.below.mail.errors.regular = Form.of(graphs.input)
         graphs.backward = self._captured("backward", self._backward_pool, backward)
 
     def _captured(self, what: str, pool: object, function: Callable[[], list[Tensor]]) -> Graph:
@@ -324,8 +325,7 @@ class StageGraphs:
         self, reason: str, *, expected: bool = False, cause: BaseException | None = None
     ) -> None:
         stage = self._stage
-        self._eager_because = reason
-        stage.fit.eager_because[stage.index] = reason
+        self._runs_eagerly = True
         if expected:
             logger.info("stage %d runs eagerly: %s", stage.index, reason)
             return

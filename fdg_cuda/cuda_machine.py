@@ -16,7 +16,7 @@ from fdg_cuda.backward_weights import BackwardWeights
 from fdg_cuda.batches import Batch
 from fdg_cuda.cuda_inference import run_stages
 from fdg_cuda.cuda_pipeline import CudaPipeline
-from fdg_cuda.cuda_stage import REPLAY_IS_EAGER, CudaStage
+from fdg_cuda.cuda_stage import CudaStage
 from fdg_cuda.gradients import UpdateRule
 from fdg_cuda.inference import Finish, one_by_one
 from fdg_cuda.interrupts import Interrupts
@@ -35,6 +35,10 @@ from fdg_cuda.stage import Stage
 
 logger = logging.getLogger("fdg_cuda")
 
+REPLAY_IS_EAGER = (
+    "backward_weights='replay' runs forwards again in the backward, with buffers and random numbers put "
+    "back on the host, which a graph cannot hold"
+)
 GRAPHS = {"auto": "auto", True: "always", False: "never"}
 
 

@@ -13,11 +13,11 @@ from fdg_cuda._core import Scheduler
 from fdg_cuda.accelerator import accelerator
 from fdg_cuda.backward_weights import BackwardWeights
 from fdg_cuda.batches import Batch
-from fdg_cuda.cuda_stage import METRICS, CudaFit, CudaStage
+from fdg_cuda.cuda_stage import CudaFit, CudaStage
 from fdg_cuda.interrupts import Interrupts
 from fdg_cuda.layout import INBOX_HALVES, CudaLayout
 from fdg_cuda.loss_scale import BatchScales, LossScale
-from fdg_cuda.mail import Form, NestedForm, Outbox
+from fdg_cuda.mail import METRICS, Form, NestedForm, Outbox
 from fdg_cuda.nested import sample_count
 from fdg_cuda.optim import DelayedOptimizer
 from fdg_cuda.pipeline import MAX_TICKS_IN_FLIGHT, LossFunction, Pipeline
@@ -132,8 +132,8 @@ class CudaPipeline(Pipeline):
         fit.regular[:, row] = forms == self._regular
         self._samples[row] = sample_count(batch[1])
         half = number % INBOX_HALVES
-        self._stages[0].inbox.reserve(half, form_of_input.nbytes)
-        self._stages[-1].targets.reserve(half, form_of_target.nbytes)
+        self._stages[0].mail.inbox.reserve(half, form_of_input.nbytes)
+        self._stages[-1].mail.targets.reserve(half, form_of_target.nbytes)
 
     def _settle(self) -> None:
         for ordinal in {stage.ordinal for stage in self._stages}:

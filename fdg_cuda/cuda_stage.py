@@ -11,9 +11,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from weakref import ReferenceType, ref
 
 import numpy as np
@@ -30,9 +30,9 @@ from fdg_cuda.flat import DTYPES
 from fdg_cuda.gradients import UpdateRule
 from fdg_cuda.hyper import HyperTable
 from fdg_cuda.layout import INBOX_HALVES, CudaLayout, Step, Transfer
-from fdg_cuda.mail import Form, Inbox, Outbox, laid_out_like, turns, without_gaps, word
+from fdg_cuda.mail import Form, Inbox, Mailbox, Outbox, laid_out_like, turns, without_gaps, word
 from fdg_cuda.metrics import correct_on_device
-from fdg_cuda.nested import Nested
+from fdg_cuda.nested import Nested, repacked
 from fdg_cuda.precision import Precision
 from fdg_cuda.randomness import RandomState
 from fdg_cuda.schedule import Kind
@@ -45,13 +45,6 @@ if TYPE_CHECKING:
     from fdg_cuda.pipeline import LossFunction
 
 logger = logging.getLogger("fdg_cuda")
-
-REPLAY_IS_EAGER = (
-    "backward_weights='replay' runs forwards again in the backward, with buffers and random numbers put "
-    "back on the host, which a graph cannot hold"
-)
-METRICS = 2  # float64: loss, correct answers (NaN where there are no classes)
-WORD = np.uint64
 
 
 @dataclass
@@ -81,7 +74,6 @@ class CudaFit:
     result_addresses: np.ndarray
     loss_fn: LossFunction
     graphs: str
-    eager_because: dict[int, str] = field(default_factory=dict)
 
 
 class CudaStage(Stage):
@@ -114,6 +106,7 @@ class CudaStage(Stage):
         self.above: CudaStage | None = None
         self._below: ReferenceType[CudaStage] | None = None
         self._fit: CudaFit | None = None
+        self._mail: Mailbox | None = None
         self._sgd: _core.CudaSgd | None = None
         self._graphs: StageGraphs | None = None
         self._target: Nested = None  # of the batch whose loss is computed
@@ -129,27 +122,15 @@ class CudaStage(Stage):
                 layer.to(self.device)
             self.lay_out_anew()
             self._fit = fit
-            mailroom = fit.lanes[CudaLayout.receive(self.index)]
-            below, above = self.index - 1, self.index
-            # Activations from below; at stage 0 the inputs.
-            self.inbox = Inbox(
-                self.device, mailroom, staged=not self.is_first and fit.staged[below]
+            self._mail = Mailbox(
+                self.device,
+                fit.lanes[CudaLayout.receive(self.index)],
+                len(self._slots),
+                staged_below=not self.is_first and fit.staged[self.index - 1],
+                staged_above=not self.is_last and fit.staged[self.index],
             )
-            self.errors = Inbox(
-                self.device, mailroom, staged=not self.is_last and fit.staged[above]
-            )
-            self.targets = Inbox(self.device, mailroom)
-            # Where the output of each slot, and the latest error signal, lie.
-            self.output_words = np.zeros(len(self._slots), dtype=WORD)
-            self.error_words = np.zeros(1, dtype=WORD)
-            self._outputs: list[Tensor | None] = [None] * len(self._slots)
-            self._error: Tensor | None = None
-            self.metrics = torch.zeros(METRICS, dtype=torch.float64, device=self.device)
-            self._metrics_words = np.array(
-                [self.metrics.data_ptr(), self.metrics.nbytes], dtype=WORD
-            )
-            options = self.begin_updates(fit.hyper)
-            if self.memory.parameters and self._rule.optimizer is None:
+            options = self._updates.begin_fit(fit.hyper)
+            if self.memory.parameters and self._updates.native:
                 self._sgd = _core.CudaSgd(
                     **self.memory.addresses(fit.hyper.table, **options),
                     gradient_dtype=DTYPES[self.memory.dtype],
@@ -158,12 +139,7 @@ class CudaStage(Stage):
                     ticks_in_flight=fit.ticks_in_flight,
                 )
         self.loss = self._loss
-        self._graphs = None
-        if fit.graphs != "never":
-            if self.replays:
-                fit.eager_because[self.index] = REPLAY_IS_EAGER
-            else:
-                self._graphs = StageGraphs(self)
+        self._graphs = None if fit.graphs == "never" or self.replays else StageGraphs(self)
 
     def end_fit(self) -> None:
         super().end_fit()
@@ -171,10 +147,7 @@ class CudaStage(Stage):
         if self._graphs is not None:
             self._graphs.close()
         self._graphs = None
-        self._fit = None
-        self._target = None
-        for name in ("inbox", "errors", "targets", "metrics"):
-            self.__dict__.pop(name, None)
+        self._fit = self._mail = self._target = None
 
     def begin_epoch(self, first_slot: int, first_batch: int) -> None:
         with said_out_of_memory(self.index, self.ordinal):
@@ -184,10 +157,8 @@ class CudaStage(Stage):
 
     def end_epoch(self) -> None:
         super().end_epoch()
-        self._outputs = [None] * len(self._slots)
-        self._error = self._target = None
-        for inbox in (self.inbox, self.errors, self.targets):
-            inbox.forget()
+        self._target = None
+        self.mail.forget()
 
     def random_state(self) -> RandomState:
         return torch.get_rng_state(), accelerator().random_state(self.ordinal)
@@ -207,6 +178,13 @@ class CudaStage(Stage):
     def below(self, stage: CudaStage | None) -> None:
         self._below = None if stage is None else ref(stage)
 
+    def optimizer_state(self) -> dict[nn.Parameter, dict[str, Any]]:
+        copies = super().optimizer_state()
+        # An optimizer may let go of what was copied, which the stage's stream would then use anew
+        # without waiting for the stream that copies.
+        accelerator().synchronize(self.ordinal)
+        return copies
+
     def snapshot(self) -> Snapshot:
         with said_out_of_memory(self.index, self.ordinal):
             return super().snapshot()
@@ -216,6 +194,12 @@ class CudaStage(Stage):
         """The running fit."""
         assert self._fit is not None, "begin_fit comes first"
         return self._fit
+
+    @property
+    def mail(self) -> Mailbox:
+        """What the stage gets and gives in the running fit."""
+        assert self._mail is not None, "begin_fit comes first"
+        return self._mail
 
     @property
     def is_first(self) -> bool:
@@ -235,7 +219,7 @@ class CudaStage(Stage):
     def work(self, step: Step) -> Callable[[int], None] | Work | None:
         slot, half = step.slot, step.half
         copy = slot if self._stash else 0
-        fit = self.fit
+        fit, mail = self.fit, self.mail
         match step.kind:
             case Kind.FORWARD:
                 eager = partial(self._enqueue_forward, slot, copy)
@@ -251,30 +235,32 @@ class CudaStage(Stage):
                 return self._sgd.copy(step.source, slot)
             case Kind.UPDATE:
                 source = step.source if self._stash else 0
-                if self._updates_in_python and self.memory.parameters:
+                if self._updates.in_python and self.memory.parameters:
                     return partial(self._enqueue_update, source, copy, slot)
                 return self._sgd.update(source, copy, slot) if self._sgd else None
             case Kind.SEND_ACTIVATION:
-                assert self.above is not None
-                return self._send(word(self.output_words, slot), self.above, self.above.inbox, half)
+                above = self.above
+                assert above is not None
+                return self._send(word(mail.output_words, slot), above, above.mail.inbox, half)
             case Kind.SEND_ERROR:
-                assert self.below is not None
-                return self._send(word(self.error_words, 0), self.below, self.below.errors, half)
+                below = self.below
+                assert below is not None
+                return self._send(word(mail.error_words, 0), below, below.mail.errors, half)
             case Transfer.RECEIVE_ACTIVATION:
-                return self._receive(self.inbox, half)
+                return self._receive(mail.inbox, half)
             case Transfer.RECEIVE_ERROR:
-                return self._receive(self.errors, half)
+                return self._receive(mail.errors, half)
             case Transfer.LOAD_INPUT:
-                return self._load(fit.inputs, self.inbox, half)
+                return self._load(fit.inputs, mail.inbox, half)
             case Transfer.LOAD_TARGET:
-                return self._load(fit.targets, self.targets, half)
+                return self._load(fit.targets, mail.targets, half)
             case Transfer.READ_METRICS:
                 return _core.CudaCopy(
-                    source=word(self._metrics_words, 0),
+                    source=word(mail.metrics_words, 0),
                     source_device=self.ordinal,
                     target=turns(fit.result_addresses),
                     target_device=_core.CUDA_HOST,
-                    bytes=word(self._metrics_words, 1),
+                    bytes=word(mail.metrics_words, 1),
                 )
 
     def _send(self, source: tuple[int, int], to: CudaStage, inbox: Inbox, half: int) -> Work:
@@ -344,29 +330,29 @@ class CudaStage(Stage):
     def take_target(self, batch: int) -> Nested:
         """A copy of the labels of ``batch``: the inbox is written again before the backward."""
         half = batch % INBOX_HALVES
-        return self.targets.copy(half, self.fit.targets.form(batch))
+        return self.mail.targets.copy(half, self.fit.targets.form(batch))
 
     def _take_input(self, batch: int) -> Nested:
         half = batch % INBOX_HALVES
         if self.is_first:
-            return self.inbox.copy(half, self.fit.inputs.form(batch))
-        form = self.inbox.form(half)
+            return self.mail.inbox.copy(half, self.fit.inputs.form(batch))
+        form = self.mail.inbox.form(half)
         assert form is not None, f"no activation of batch {batch} at stage {self.index}"
-        leaf: Tensor = self.inbox.copy(half, form)
+        leaf: Tensor = self.mail.inbox.copy(half, form)
         return leaf.requires_grad_(wants_gradient(leaf))
 
     def _take_error(self, batch: int) -> Tensor | None:
         # A copy: gradients may be views of it, and the inbox is written again before the update.
-        form = self.errors.form(batch % INBOX_HALVES)
-        return None if form is None else self.errors.copy(batch % INBOX_HALVES, form)
+        form = self.mail.errors.form(batch % INBOX_HALVES)
+        return None if form is None else self.mail.errors.copy(batch % INBOX_HALVES, form)
 
     def _pass_up(self, slot: int, batch: int, output: Tensor) -> None:
         assert self.above is not None
         sent = without_gaps(output)
         form = Form.of(sent)
-        self._outputs[slot] = sent
-        self.output_words[slot] = sent.data_ptr()
-        self.above.inbox.expect(batch % INBOX_HALVES, form)
+        self.mail.outputs[slot] = sent
+        self.mail.output_words[slot] = sent.data_ptr()
+        self.above.mail.inbox.expect(batch % INBOX_HALVES, form)
         self._tell_if_regular(batch, form)
 
     def _tell_if_regular(self, batch: int, form: Form) -> None:
@@ -375,28 +361,30 @@ class CudaStage(Stage):
         row = batch % self.fit.rows
         if not self.fit.regular[self.index, row]:
             return
-        if self.above.inbox.regular is None:
-            self.above.inbox.regular = form
-        elif self.above.inbox.regular != form:
+        if self.above.mail.inbox.regular is None:
+            self.above.mail.inbox.regular = form
+        elif self.above.mail.inbox.regular != form:
             self.fit.regular[self.index + 1 :, row] = 0
 
     def _pass_down(self, batch: int, leaf: Tensor | None) -> None:
         assert self.below is not None
         half = batch % INBOX_HALVES
         if leaf is None or leaf.grad is None:
-            self.below.errors.expect(half, None)
+            self.below.mail.errors.expect(half, None)
             return
         form = Form.of(leaf)
-        self._error = laid_out_like(leaf.grad, form)
+        self.mail.error = laid_out_like(leaf.grad, form)
         leaf.grad = None
-        self.error_words[0] = self._error.data_ptr()
-        self.below.errors.expect(half, form)
+        self.mail.error_words[0] = self.mail.error.data_ptr()
+        self.below.mail.errors.expect(half, form)
 
     def _loss(self, output: Tensor, batch: int) -> Tensor:
-        """The loss of ``output``, which goes to :attr:`metrics` too."""
-        loss = check_loss(self.fit.loss_fn(output, self._target), self._first_batch + batch)
+        """The loss of ``output``, which goes to the metrics too."""
+        # New containers: warming up and capturing a graph compute the loss of one target again.
+        target = repacked(self._target)
+        loss = check_loss(self.fit.loss_fn(output, target), self._first_batch + batch)
         correct = correct_on_device(output.detach(), self._target)
-        self.metrics.copy_(torch.stack([loss.detach().double().reshape(()), correct]))
+        self.mail.metrics.copy_(torch.stack([loss.detach().double().reshape(()), correct]))
         return loss
 
 

@@ -85,9 +85,9 @@ class Machine(ABC):
     ) -> Generator[Tensor, None, None]:
         """What ``finish`` makes of ``model``'s output and the target of each batch, in order.
 
-        Reads a bounded number of batches ahead. The results do not depend on timing, and random
-        numbers are drawn as by a plain pass batch after batch. Closed (as a generator is) before its
-        end, it leaves nothing running.
+        Reads a bounded number of batches ahead. The results do not depend on timing. If the first batch
+        draws random numbers, all are drawn as by a plain pass batch after batch. Closed (as a generator
+        is) before its end, it leaves nothing running.
 
         Args:
             model: what the stages were made of, in evaluation mode.
@@ -178,8 +178,8 @@ class CpuMachine(Machine):
         if len(self._stages) < 2 or self.schedule.method == "bp" or _caller_has_settings():
             yield from plainly(batches)
             return
-        # The first batch finds out whether the model draws random numbers: stages would draw them in
-        # an order that depends on timing.
+        # The first batch finds out whether the model draws random numbers: stages would draw others
+        # than a plain pass.
         first = next(batches, None)
         if first is None:
             return

@@ -18,6 +18,7 @@ from fdg_cuda.accelerator import Lane, accelerator
 from fdg_cuda.layout import INBOX_HALVES
 from fdg_cuda.nested import Nested, map_tensors, tensors
 
+METRICS = 2  # float64: loss, correct answers (NaN where there are no classes)
 ALIGNMENT = 256  # bytes; that of CUDA's own allocations
 
 Word = tuple[int, int]  # address of the first word, and how many take turns with the batches
@@ -193,6 +194,50 @@ class Inbox:
     def forget(self) -> None:
         """Let go of memory that was replaced. Only while nothing is running."""
         self._replaced.clear()
+
+
+class Mailbox:
+    """What one stage gets and gives during one ``fit``.
+
+    Args:
+        device, lane: as for its inboxes.
+        slots: of the stage.
+        staged_below, staged_above: whether the hop goes through pinned host memory.
+
+    Attributes:
+        inbox: activations from below; at stage 0 the inputs.
+        errors: error signals from above.
+        targets: at the last stage.
+        outputs, output_words: per slot, on its way up.
+        error, error_words: the latest error signal, on its way down.
+        metrics, metrics_words: float64 (METRICS,) of the batch whose loss was computed last.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        lane: Lane,
+        slots: int,
+        *,
+        staged_below: bool,
+        staged_above: bool,
+    ) -> None:
+        self.inbox = Inbox(device, lane, staged=staged_below)
+        self.errors = Inbox(device, lane, staged=staged_above)
+        self.targets = Inbox(device, lane)
+        self.outputs: list[Tensor | None] = [None] * slots
+        self.output_words = np.zeros(slots, dtype=np.uint64)
+        self.error: Tensor | None = None
+        self.error_words = np.zeros(1, dtype=np.uint64)
+        self.metrics = torch.zeros(METRICS, dtype=torch.float64, device=device)
+        self.metrics_words = np.array([self.metrics.data_ptr(), self.metrics.nbytes], np.uint64)
+
+    def forget(self) -> None:
+        """Let go of what was sent. Only while nothing is running."""
+        self.outputs = [None] * len(self.outputs)
+        self.error = None
+        for inbox in (self.inbox, self.errors, self.targets):
+            inbox.forget()
 
 
 class Outbox:

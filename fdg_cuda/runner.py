@@ -21,6 +21,7 @@ from fdg_cuda.batches import Batches, Loader
 from fdg_cuda.callbacks import Callback, FunctionCallback, check_callbacks, measures_of
 from fdg_cuda.chain import (
     as_chain,
+    check_hooks,
     check_parameters,
     check_shared,
     check_unchanged,
@@ -151,6 +152,7 @@ class FDGRunner:
         self._devices = parse_devices(devices)
         self._schedule = Schedule(method, len(self._devices), accumulate)
         check_stages(backward_weights, len(self._layers), len(self._devices))
+        check_hooks(self._model)
         check_parameters(self._model, on_cpu=self._devices[0].type == "cpu")
         self._machine = make_machine(
             self._devices,
@@ -445,7 +447,7 @@ class FDGRunner:
 
     def _check_model(self) -> None:
         """What a caller may have changed since the runner was made."""
-        check_unchanged(self._model, self._layers)
+        self._check_chain()
         check_parameters(self._model, on_cpu=self._devices[0].type == "cpu")
         check_shared(self._model, [stage.layers for stage in self._stages])
         self.optimizer.follow(self._model)
@@ -518,6 +520,7 @@ class FDGRunner:
 
     def _check_chain(self) -> None:
         check_unchanged(self._model, self._layers)
+        check_hooks(self._model)
 
     def _refuse_while_running(self, what: str) -> None:
         if self._predicting and what not in CHANGES_NOTHING:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,17 +20,15 @@ from fdg_cuda.buffers import SavedBuffers
 from fdg_cuda.chain import check_output
 from fdg_cuda.errors import AliasedParameterError, said_where
 from fdg_cuda.flat import FlatMemory
-from fdg_cuda.gradients import Gradients, UpdateRule
-from fdg_cuda.hyper import HyperTable
-from fdg_cuda.kept_state import KeptState
+from fdg_cuda.gradients import UpdateRule
 from fdg_cuda.layout import Step
 from fdg_cuda.nested import Nested, map_tensors, repacked, tensors
-from fdg_cuda.optim import DelayedOptimizer, DelayedTorch
 from fdg_cuda.parameter_sites import ParameterSites, graph_leaves
 from fdg_cuda.precision import Precision
 from fdg_cuda.randomness import RandomState
-from fdg_cuda.stage_optimizer import FusedSgd, StageOptimizer, State, TorchOptimizer
-from fdg_cuda.update_measures import UpdateMeasures, UpdateMeter
+from fdg_cuda.stage_optimizer import State
+from fdg_cuda.stage_updates import StageUpdates
+from fdg_cuda.update_measures import UpdateMeasures
 
 # Gives (output, batch) of the last stage to whoever computes the loss; returns the scalar loss.
 LossOfBatch = Callable[[Tensor, int], Tensor]
@@ -88,16 +85,12 @@ class Stage(ABC):
         self.device = device
         self._slots = [Slot() for _ in range(slots)]
         self._stash = mode.copy_per_slot
-        self._rule = rule
         self.precision = precision
-        self._gradients: Gradients | None = None  # of the running fit, if Python has a part in it
-        self._meter: UpdateMeter | None = None  # of the running fit, if updates are measured
         self._copies = slots if self._stash else 1
         self.replays = mode.replays(slots)
         self.memory = self._lay_out()
         self._sites = ParameterSites(self.layers, self.memory.parameters)
-        self._kept = KeptState()
-        self._optimizer: StageOptimizer | None = None  # over the memory, once there was an update
+        self._updates = StageUpdates(self.memory, index, rule)
         self._input_changed_in_place: bool | None = None
         self._leaves_checked = False
         self._first_batch = 0
@@ -109,48 +102,21 @@ class Stage(ABC):
         """For a new ``fit``: lay the parameters out anew if they changed."""
         trainable = self._trainable()
         if not self.memory.matches(trainable):
-            if self._optimizer is not None:  # parameters that are frozen now may come back
-                self._kept.keep(self._optimizer)
-            self._optimizer = None
             self.memory = self._lay_out()
+            self._updates.follow(self.memory)
         # Anew each time: a layer may keep a parameter elsewhere than before (parametrizations).
         self._sites = ParameterSites(self.layers, self.memory.parameters)
         self._input_changed_in_place = None
 
-    def begin_updates(self, hyper: HyperTable) -> dict[str, Any]:
-        """Make what updates need that Python has a part in.
-
-        Returns:
-            What a native update has to know beyond the memory; see :meth:`FlatMemory.addresses`.
-        """
-        if self._optimizer is None:
-            self._optimizer = self._make_optimizer(hyper.optimizer)
-            self._optimizer.load(self._kept.of(self.memory.parameters))
-        if isinstance(self._optimizer, TorchOptimizer):
-            groups = self._optimizer.groups
-        else:
-            groups = hyper.optimizer.groups_of(self.memory.parameters)
-        if self._rule.needs_python:
-            self._gradients = Gradients(self.memory, self._rule, hyper, groups)
-        gain = None if self._gradients is None else self._gradients.gain
-        return {"groups": groups, "gain": gain}
-
     def measure_updates(self, measures: UpdateMeasures) -> None:
         """Measure updates of this ``fit``, of which none was enqueued yet."""
-        if self.memory.parameters:
-            self._meter = UpdateMeter(self.memory, self.index, measures)
-
-    @property
-    def _updates_in_python(self) -> bool:
-        return self._gradients is not None or self._meter is not None
+        self._updates.measure(measures)
 
     def optimizer_state(self) -> dict[nn.Parameter, dict[str, Any]]:
         """What the optimizer remembers of each parameter it has updated, frozen ones included: copies
         of tensors, and plain values. Of the fused SGD that is ``momentum_buffer``, of the parameter's
         shape; of others what their ``state`` holds."""
-        if self._optimizer is not None:
-            self._kept.keep(self._optimizer)
-        return self._kept.copies(self._parameters())
+        return self._updates.state(self._parameters())
 
     def load_optimizer_state(self, state: Mapping[nn.Parameter, State]) -> None:
         """Go on from what :meth:`optimizer_state` returned, for parameters of this stage.
@@ -165,21 +131,12 @@ class Stage(ABC):
                 f"{strangers} of the {len(state)} parameters of which there is a state are not in "
                 f"stage {self.index}"
             )
-        self._kept.replace(state)
-        if self._optimizer is not None:
-            self._optimizer.load(self._kept.of(self.memory.parameters))
-
-    def _make_optimizer(self, face: DelayedOptimizer) -> StageOptimizer:
-        if not isinstance(face, DelayedTorch) or not self.memory.parameters:
-            return FusedSgd(self.memory)
-        tensors = [nn.Parameter(leaf.data) for leaf in self.memory.leaves[0]]
-        made = face.make_for(self.memory.parameters, tensors, self.index)
-        return TorchOptimizer(self.memory, tensors, made)
+        self._updates.load(state)
 
     def end_fit(self) -> None:
         """Let go of what only a running ``fit`` needs."""
         self.loss = None
-        self._gradients = self._meter = None
+        self._updates.end_fit()
 
     def begin_epoch(self, first_slot: int, first_batch: int) -> None:
         """Take the caller's weights into the slot that is forwarded first. The actions' batches
@@ -197,8 +154,8 @@ class Stage(ABC):
         self.memory.make_newest(first_slot if self._stash else 0)
         for parameter in self.memory.parameters:
             parameter.grad = None
-        if self._gradients is not None:
-            self._gradients.forget()
+        if self._updates.gradients is not None:
+            self._updates.gradients.forget()
         self._leaves_checked = False
         self._first_batch = first_batch
 
@@ -215,15 +172,14 @@ class Stage(ABC):
         """Copies of the newest weights, the optimizer's state and the modules' buffers."""
         return Snapshot(
             self.memory.newest_weights.clone(),
-            [] if self._optimizer is None else self._optimizer.snapshot(),
+            self._updates.snapshot(),
             SavedBuffers(self.layers),
         )
 
     def restore(self, snapshot: Snapshot) -> None:
         """Go back to ``snapshot``."""
         self.memory.newest_weights.copy_(snapshot.weights)
-        if self._optimizer is not None:
-            self._optimizer.load(snapshot.optimizer)
+        self._updates.restore(snapshot.optimizer)
         snapshot.buffers.restore()
 
     def _lay_out(self) -> FlatMemory:
@@ -279,7 +235,7 @@ class Stage(ABC):
 
     @abstractmethod
     def _update_natively(self, source: int, copy: int, row: int, batch: int) -> None:
-        """The fused update, now; see :meth:`_update`."""
+        """The fused update, now; see :meth:`StageUpdates.run`."""
 
     @abstractmethod
     def _pass_down(self, batch: int, leaf: Tensor | None) -> None:
@@ -371,37 +327,24 @@ class Stage(ABC):
                     start = self._start(root, batch) if self.is_last else error
                     torch.autograd.backward([root], [start])
         self.memory.collect_gradients(copy, row)
-        if self._gradients is not None:
-            self._gradients.add(batch, root if self.is_last else error)
+        gradients = self._updates.gradients
+        if gradients is not None:
+            gradients.add(batch, root if self.is_last else error)
             if isinstance(leaf, Tensor) and leaf.grad is not None:
-                leaf.grad = self._gradients.passed_down(leaf.grad)
+                leaf.grad = gradients.passed_down(leaf.grad)
         if not self.is_first:
             self._pass_down(batch, leaf)
 
     def _start(self, loss: Tensor, batch: int) -> Tensor | None:
         """What the backward of ``loss`` starts from; None: from 1."""
-        scales = None if self._gradients is None else self._gradients.hyper.scales
+        gradients = self._updates.gradients
+        scales = None if gradients is None else gradients.hyper.scales
         return None if scales is None else torch.full_like(loss, scales.of(batch))
 
     def _update(self, source: int, copy: int, row: int, batch: int) -> None:
-        """The update of ``batch`` where Python has a part in it: from weight copy ``source`` into
-        ``copy``, with the gradients of ``row``."""
-        measuring = (
-            nullcontext() if self._meter is None else self._meter.around(source, copy, batch)
-        )
-        with said_where(f"the update of {self._named(batch)}"), measuring:
-            if self._gradients is None:
-                self._update_natively(source, copy, row, batch)
-                return
-            ready = self._gradients.prepare(batch)
-            if isinstance(self._optimizer, TorchOptimizer) and ready.skipped:
-                self.memory.copy_weights(source, copy)
-                self.memory.count_update()
-            elif isinstance(self._optimizer, TorchOptimizer):
-                self._optimizer.update(source, copy, ready, self._gradients.hyper.values(batch))
-            else:
-                self._gradients.place(ready, row)
-                self._update_natively(source, copy, row, batch)
+        """The update of ``batch`` where Python has a part in it; see :meth:`StageUpdates.run`."""
+        with said_where(f"the update of {self._named(batch)}"):
+            self._updates.run(source, copy, row, batch, self._update_natively)
 
     def _copy_weights(self, source: int, copy: int, batch: int) -> None:
         """As the native copy does, where there is no native update."""

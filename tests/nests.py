@@ -95,3 +95,8 @@ def nested(kind: str, plain: list[tuple[Tensor, Tensor]]) -> tuple[nn.Sequential
 
 assert FEATURES == 6, "the kinds cut inputs in halves"
 assert CLASSES == 4
+
+
+def taking_apart(target: dict[str, Tensor]) -> Tensor:
+    """The labels, the only thing in ``target``, which is empty afterwards."""
+    return target.pop("labels")

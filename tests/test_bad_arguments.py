@@ -59,6 +59,36 @@ def test_model_without_layers(model: Any) -> None:
         runner_of(model, 1)
 
 
+@pytest.mark.parametrize(
+    "register",
+    [
+        lambda m: m.register_forward_hook(lambda _, x, y: 0 * y),
+        lambda m: m.register_forward_pre_hook(lambda _, x: None),
+        lambda m: m.register_full_backward_hook(lambda *_: None),
+        lambda m: m.register_full_backward_pre_hook(lambda *_: None),
+    ],
+    ids=["forward", "forward pre", "backward", "backward pre"],
+)
+def test_hooks_on_the_chain_itself(register: Any) -> None:
+    """Stages would not call them; nor would evaluation, but for what goes through the whole model."""
+    model, words = chain(), ["the model itself has a", "hook", "layer"]
+    runner = runner_of(model, split=[2])
+    handle = register(model)
+    data = batches(3)
+    with refused(ValueError, *words, model=model):
+        runner.fit(data)
+    with refused(ValueError, *words, model=model):
+        runner.evaluate(data)
+    with refused(ValueError, *words, model=model):
+        runner.predict(data[0][0])
+    with refused(ValueError, *words, model=model):
+        runner.predict_batches(data)
+    with refused(ValueError, *words, model=model):
+        runner_of(model, split=[2])
+    handle.remove()
+    runner.fit(data)
+
+
 def test_sequential_with_a_forward_of_its_own() -> None:
     """Its children are not the chain: stages would train another function than evaluate measures."""
 

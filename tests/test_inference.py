@@ -138,6 +138,33 @@ def test_random_numbers_are_drawn_as_by_the_plain_model() -> None:
     assert torch.equal(torch.get_rng_state(), after)
 
 
+class Sometimes(nn.Module):
+    """Noise for some inputs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.rand_like(x) if x[0, 0] > 5 else x
+
+
+def test_random_numbers_of_later_batches_only_do_not_depend_on_timing() -> None:
+    """The first batch drew none, so the stages are at work side by side."""
+    runner = runner_of(nn.Sequential(nn.Flatten(), Sometimes(), nn.Linear(6, 6), Sometimes()), 2)
+    data = [torch.zeros(4, 6)] + [torch.full((4, 6), 50.0)] * 6
+
+    def noisy(seed: int, delay: int) -> Tensor:
+        runner._machine.injected_delays = (delay, 3000)  # type: ignore[attr-defined]
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        outputs = torch.stack(list(runner.predict_batches(data)))
+        assert torch.equal(torch.get_rng_state(), before)
+        return outputs
+
+    expected = noisy(1, 1)
+    assert len(expected[1:].unique(dim=0)) == 6
+    for delay in range(2, 7):
+        assert torch.equal(noisy(1, delay), expected)
+    assert not torch.equal(noisy(2, 1), expected)
+
+
 def test_the_generator_is_left_alone_by_a_model_that_draws_nothing() -> None:
     runner, data = runner_of(mlp(), 3), batches(9)
     before = torch.get_rng_state()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from chains import FEATURES, batches, compare, even_split, mlp, oracle, same_bits
-from nests import KINDS, Take, nested
+from nests import KINDS, Take, nested, taking_apart
 from refusals import refused
 from torch import nn
 from torch.nn import functional as F
@@ -30,6 +30,19 @@ def test_agrees_with_the_oracle(kind: str, stages: int) -> None:
     model, data, loss = nested(kind, batches(7))
     difference = compare(model, even_split(9, stages), data, epochs=2, lr=0.05, loss_fn=loss)
     assert difference < TOLERANCE
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_a_loss_that_takes_its_target_apart(stages: int) -> None:
+    plain, model = mlp(), mlp()
+    expected = runner_of(plain, stages).fit(batches(5), epochs=2)
+    found = runner_of(
+        model, stages, loss_fn=lambda output, target: F.cross_entropy(output, taking_apart(target))
+    ).fit([(x, {"labels": y}) for x, y in batches(5)], epochs=2)
+    assert same_bits(state(model), state(plain))
+    assert found.batch_losses == expected.batch_losses
+    for one, other in zip(found.epochs, expected.epochs, strict=True):
+        assert (one.samples, one.loss) == (other.samples, other.loss)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -12,6 +12,7 @@ from chains import CLASSES, FEATURES, Batch, batches, even_split, same_bits
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader
 
 from fdg_cuda import FDGRunner
 from fdg_cuda.randomness import (
@@ -156,20 +157,28 @@ def test_what_the_loader_draws_does_not_reach_the_stages() -> None:
     assert same_bits(trained(model, 3)[0], trained(model, 3, data=loader())[0])  # type: ignore[arg-type]
 
 
-def test_two_fits_differ_and_equal_one_of_two_epochs() -> None:
-    """With lr = 0, what differs from one fit to the next is the masks."""
+@pytest.mark.parametrize("drawing", [False, True], ids=["list", "loader"])
+@pytest.mark.parametrize("stages", [1, 2])
+def test_two_fits_differ_and_equal_one_of_two_epochs(stages: int, drawing: bool) -> None:
+    """With lr = 0, what differs from one fit to the next is the masks. A DataLoader draws from torch's
+    generator whenever it is iterated."""
     model = chain(LAYERS["dropout"])
-    runner, twin = (FDGRunner(copy.deepcopy(model), ["cpu"] * 2, split=[3], lr=0.0) for _ in "12")
+    data: Any = DataLoader(batches(8), batch_size=None) if drawing else batches(8)
+    runner, twin = (
+        FDGRunner(copy.deepcopy(model), ["cpu"] * stages, split=even_split(6, stages), lr=0.0)
+        for _ in "12"
+    )
     torch.manual_seed(5)
-    first, second = (runner.fit(batches(8)).batch_losses for _ in range(2))
+    first, second = (runner.fit(data).batch_losses for _ in range(2))
     assert first != second
     torch.manual_seed(5)
-    assert twin.fit(batches(8), epochs=2).batch_losses == first + second
+    assert twin.fit(data, epochs=2).batch_losses == first + second
 
 
-def test_a_new_seed_begins_anew() -> None:
+@pytest.mark.parametrize("stages", [1, 2])
+def test_a_new_seed_begins_anew(stages: int) -> None:
     model = chain(LAYERS["dropout"])
-    runner = FDGRunner(model, ["cpu"] * 2, split=[3], lr=0.0)
+    runner = FDGRunner(model, ["cpu"] * stages, split=even_split(6, stages), lr=0.0)
     losses = {}
     for seed in (5, 6, 5):
         torch.manual_seed(seed)

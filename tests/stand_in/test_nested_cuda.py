@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from chains import batches, compare, even_split, same_bits
-from nests import KINDS, nested
+from chains import batches, compare, even_split, mlp, same_bits
+from nests import KINDS, nested, taking_apart
+from torch.nn import functional as F
 
 from fdg_cuda import FDGRunner
 from fdg_cuda.accelerator import accelerator
@@ -32,6 +33,23 @@ def test_agrees_with_the_oracle(kind: str, graphs: bool, stages: int) -> None:
     assert difference < TOLERANCE
     captured: Any = accelerator()
     assert (captured.captures > 0) == graphs
+
+
+@pytest.mark.parametrize("graphs", [False, True], ids=["eager", "graphs"])
+def test_a_loss_that_takes_its_target_apart(graphs: bool) -> None:
+    """Before a capture it gets the same target several times."""
+    data = [(x, {"labels": y}) for x, y in batches(7)]
+    found = []
+    for loader, loss in (
+        (batches(7), None),
+        (data, lambda output, target: F.cross_entropy(output, taking_apart(target))),
+    ):
+        runner = FDGRunner(mlp(), [0, 0], split=[4], lr=0.05, loss_fn=loss, graphs=graphs)
+        history = runner.fit(loader, epochs=2)
+        samples = [epoch.samples for epoch in history.epochs]
+        found.append((history.batch_losses, samples, runner.state_dict()))
+    assert found[0][:2] == found[1][:2]
+    assert same_bits(found[0][2], found[1][2])
 
 
 def test_another_plain_value_is_another_form() -> None:

@@ -359,8 +359,8 @@ def test_gradients_may_be_the_error_signal_so_it_is_copied(
         return take_violations(stand_in)
 
     def take_error(self: CudaStage, batch: int) -> Tensor | None:
-        form = self.errors.form(batch % 2)
-        return None if form is None else self.errors.view(batch % 2, form)
+        form = self.mail.errors.form(batch % 2)
+        return None if form is None else self.mail.errors.view(batch % 2, form)
 
     assert fit() == []
     monkeypatch.setattr(CudaStage, "_take_error", take_error)
@@ -375,7 +375,7 @@ def test_a_backward_may_need_the_labels_so_they_are_copied(
     stand_in: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def take_target(self: CudaStage, batch: int) -> Tensor:
-        return self.targets.view(batch % 2, self.fit.targets.form(batch))
+        return self.mail.targets.view(batch % 2, self.fit.targets.form(batch))
 
     monkeypatch.setattr(CudaStage, "take_target", take_target)
     train(2, graphs=False)
@@ -395,7 +395,7 @@ def test_an_output_that_is_a_copy_is_kept_until_it_was_sent(
 
     def forgetful(self: CudaStage, slot: int, batch: int, output: Tensor) -> None:
         pass_up(self, slot, batch, output)
-        self._outputs[slot] = None
+        self.mail.outputs[slot] = None
 
     assert fit(Slice()) == []
     monkeypatch.setattr(CudaStage, "_pass_up", forgetful)
@@ -411,7 +411,7 @@ def test_an_error_signal_is_kept_until_it_was_sent(
 
     def forgetful(self: CudaStage, batch: int, leaf: Tensor | None) -> None:
         pass_down(self, batch, leaf)
-        self._error = None
+        self.mail.error = None
 
     monkeypatch.setattr(CudaStage, "_pass_down", forgetful)
     train(2, graphs=False)
@@ -426,7 +426,7 @@ def test_an_inbox_takes_its_memory_where_nothing_else_allocates(
 
     def thrifty(self: CudaStage, fit: Any) -> None:
         begin_fit(self, fit)
-        for inbox in (self.inbox, self.errors, self.targets):
+        for inbox in (self.mail.inbox, self.mail.errors, self.mail.targets):
             inbox._lane = self.lane
 
     monkeypatch.setattr(CudaStage, "begin_fit", thrifty)
