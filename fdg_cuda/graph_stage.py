@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import keyword
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -192,9 +193,11 @@ class GraphStage(nn.Module):
         self.register_buffer(name, buffer, persistent=False)
 
     def _own_name(self, path: str) -> str:
-        name = path.replace(".", "__")
-        while hasattr(self, name) or not name.isidentifier():
+        name = "".join(c if c.isalnum() else "_" for c in path.replace(".", "__"))
+        if name[0].isdigit() or keyword.iskeyword(name):
             name = f"_{name}"
+        while hasattr(self, name):
+            name += "_"
         return name
 
     def extra_repr(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -18,6 +19,9 @@ from fdg_cuda.nested import map_tensors, tensors
 pytestmark = pytest.mark.usefixtures("one_torch_thread", "seeded")
 
 STAGES = (2, 3, 4)
+# A cut gives an error signal the layout of what crossed it, here a permuted tensor's; sums over it
+# then come in another order than in one graph.
+ROUNDED = ("convnext",)
 
 
 def even_cuts(chain: GraphChain, stages: int) -> list[int]:
@@ -71,6 +75,17 @@ def gradients(model: nn.Module) -> dict[str, Tensor | None]:
     return found
 
 
+def assert_same_gradients(
+    found: dict[str, Tensor | None], wanted: dict[str, Tensor | None], *, exactly: bool
+) -> None:
+    for key, gradient in found.items():
+        expected = wanted[key]
+        assert (gradient is None) == (expected is None), key
+        if gradient is not None and expected is not None:
+            close = torch.equal if exactly else partial(torch.allclose, rtol=1e-4, atol=1e-6)
+            assert close(gradient, expected), key
+
+
 def assert_same(one: Any, other: Any) -> None:
     a, b = tensors(one), tensors(other)
     assert len(a) == len(b)
@@ -107,10 +122,13 @@ def test_is_the_model_to_the_bit(name: str) -> None:
         model.load_state_dict(start)
         torch.manual_seed(5)
         assert_same(step(chain.stages(split), sample), expected)
-        for key, gradient in gradients(model).items():
-            assert (gradient is None) == (wanted[key] is None), key
-            assert gradient is None or torch.equal(gradient, wanted[key]), key
+        assert_same_gradients(gradients(model), wanted, exactly=name not in ROUNDED)
         assert all(map(torch.equal, state(model), statistics))
+    if name in ROUNDED:
+        model.load_state_dict(start)
+        torch.manual_seed(5)
+        loss_of(nn.Sequential(*chain.stages(cuts[-1]))(sample)).backward()
+        assert_same_gradients(gradients(model), wanted, exactly=True)
     assert list(model.state_dict()) == keys
     if any("running_mean" in key for key in keys):
         assert not all(map(torch.equal, statistics, before))
