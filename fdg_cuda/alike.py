@@ -79,7 +79,7 @@ def differences(one: Trace, other: Trace) -> list[Difference]:
 def _shape_differs(one: Trace, other: Trace) -> list[Difference]:
     """The modules whose own forwards, rather than those of others inside them, make other calls."""
     entries, others = _entries(one), _entries(other)
-    found = []
+    found: list[Difference] = []
     for a, b in zip(entries, others, strict=False):
         if a.stack != b.stack:  # from here on another module is run
             return [*found, Difference(_common(a.stack, b.stack), _place(a.calls, b.calls))]

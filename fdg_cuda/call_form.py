@@ -33,8 +33,10 @@ class CallForm:
             self.kind = "single"
             return
         parameters = list(signature.parameters.values())
-        if isinstance(sample, Mapping) and _binds(signature, (), sample) and _named(
-            parameters, sample
+        if (
+            isinstance(sample, Mapping)
+            and _binds(signature, (), sample)
+            and _named(parameters, sample)
         ):
             self.kind = "keywords"
         elif (
@@ -68,9 +70,7 @@ def _takes_several(parameters: Sequence[inspect.Parameter]) -> bool:
         for p in parameters
         if p.kind in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     ]
-    return len(several) > 1 or any(
-        p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters
-    )
+    return len(several) > 1 or any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters)
 
 
 def _binds(signature: inspect.Signature, args: Sequence[Any], kwargs: Mapping[Any, Any]) -> bool:

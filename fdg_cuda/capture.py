@@ -86,7 +86,9 @@ def _followed(
             training = _record(model, arguments, opaque, training=True)
             trace = merged(training, _record(model, arguments, opaque, training=False))
             if not isinstance(trace, Trace):
-                _call_whole(whole, trace, "its forward differs between training and evaluation mode")
+                _call_whole(
+                    whole, trace, "its forward differs between training and evaluation mode"
+                )
                 continue
             parted = differences(training, _record(model, more, opaque, training=True))
         except Blocked as blocked:
@@ -246,7 +248,7 @@ def _check_model(model: nn.Module) -> None:
         raise ModelCaptureError("the model is a compiled script; give the module it was made from")
     if hasattr(model, "_orig_mod"):
         raise ModelCaptureError("the model went through torch.compile; give the module before that")
-    devices = {}
+    devices: dict[torch.device, str] = {}
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer)):
             raise ModelCaptureError(
@@ -254,7 +256,9 @@ def _check_model(model: nn.Module) -> None:
             )
         devices.setdefault(tensor.device, name)
         if tensor.is_quantized:
-            raise ModelCaptureError(f"{name} is quantized ({tensor.dtype}), which cannot be trained")
+            raise ModelCaptureError(
+                f"{name} is quantized ({tensor.dtype}), which cannot be trained"
+            )
         if tensor.is_complex() and tensor.requires_grad:
             raise ModelCaptureError(
                 f"parameter {name} is {tensor.dtype}; complex weights cannot be trained here. Keep its "

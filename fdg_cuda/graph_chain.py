@@ -64,7 +64,9 @@ class GraphChain:
         return len(self._begins)
 
     def __repr__(self) -> str:
-        return f"GraphChain({type(self.model).__name__}: {len(self)} pieces, {len(self._calls)} calls)"
+        return (
+            f"GraphChain({type(self.model).__name__}: {len(self)} pieces, {len(self._calls)} calls)"
+        )
 
     # -- what is offered --------------------------------------------------------------------------
 
@@ -102,7 +104,10 @@ class GraphChain:
                 f"{self.what_forbids_cuts()}"
             )
         ends = [0, *(self._begins[number] for number in numbers), len(self._calls)]
-        return [self._stage(k, begin, end, len(ends) - 2) for k, (begin, end) in enumerate(pairwise(ends))]
+        return [
+            self._stage(k, begin, end, len(ends) - 2)
+            for k, (begin, end) in enumerate(pairwise(ends))
+        ]
 
     def cut_at(self, name: str) -> int:
         """The piece with which the submodule ``name`` begins.
@@ -139,8 +144,12 @@ class GraphChain:
         counts: dict[str, int] = {}
         for at, reason in self._refusals.items():
             counts[reason] = counts.get(reason, 0) + self._calls[at].works
-        causes = [reason for reason, n in sorted(counts.items(), key=lambda item: -item[1]) if n][:3]
-        causes += [f"{path} is called as a whole: {why}" for path, why in list(self.whole.items())[:3]]
+        causes = [reason for reason, n in sorted(counts.items(), key=lambda item: -item[1]) if n][
+            :3
+        ]
+        causes += [
+            f"{path} is called as a whole: {why}" for path, why in list(self.whole.items())[:3]
+        ]
         return "; ".join(causes)
 
     # -- lifetimes and cuts -----------------------------------------------------------------------
@@ -184,7 +193,9 @@ class GraphChain:
                 users.setdefault(leaf.name, []).append(len(self._calls) - 1)
         for name, indices in users.items():
             if len(indices) > 1 and (name in parameters or name in changed):
-                reason = self._shared(name, indices, "parameter" if name in parameters else "buffer")
+                reason = self._shared(
+                    name, indices, "parameter" if name in parameters else "buffer"
+                )
                 for at in range(indices[0] + 1, indices[-1] + 1):
                     self._refusals.setdefault(at, reason)
         self._refuse_aliases()
@@ -193,7 +204,10 @@ class GraphChain:
         first, last = self._calls[indices[0]], self._calls[indices[-1]]
         places = f"in {first.name} ({first.place}) and in {last.name} ({last.place})"
         if first.name == last.name and first.place == last.place:
-            what = f"{kind} {name} is used {len(indices)} times, in a loop around {first.name} ({first.place})"
+            what = (
+                f"{kind} {name} is used {len(indices)} times, in a loop around {first.name} "
+                f"({first.place})"
+            )
         else:
             what = f"{kind} {name} is used {places}"
         remedy = (

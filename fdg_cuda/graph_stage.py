@@ -87,7 +87,7 @@ class GraphStage(nn.Module):
         return self._run(self, hop)
 
     def refresh(self) -> None:
-        """Copy anew what belongs to an earlier stage, if it was written into (by ``load_state_dict``)."""
+        """Copy anew what belongs to an earlier stage, if ``load_state_dict`` wrote into it."""
         for name, version in self._copies.items():
             owner, key = self._homes[name]
             source = owner._buffers[key]
@@ -98,7 +98,7 @@ class GraphStage(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GraphStage:
         """Where a move replaces a buffer the model's module gets the new one too."""
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, (owner, key) in self._homes.items():
             if name not in self._copies:
                 owner._buffers[key] = self._buffers[name]

@@ -1,4 +1,4 @@
-"""Runs a model on a sample and writes down which calls its forward made: a :class:`~fdg_cuda.trace.Trace`.
+"""Runs a model on a sample and writes down its forward's calls: a :class:`~fdg_cuda.trace.Trace`.
 
 The model really runs, on real tensors. A ``TorchFunctionMode`` sees every call of torch, and modules
 that are called as a whole (torch's own, and ``opaque`` ones) are seen in ``nn.Module.__call__``. So
@@ -8,6 +8,7 @@ are numbers with a memory (:mod:`fdg_cuda.traced_numbers`), and only values cann
 
 from __future__ import annotations
 
+import builtins
 import random
 import sys
 import threading
@@ -62,23 +63,74 @@ _PLAIN = (*PLAIN, torch.layout, torch.memory_format, torch.Generator, type, type
 # What a tensor may be asked, the answer being as good for every later batch. (Sizes are seen to
 # before; attributes that are no tensors are all of this kind.)
 _FACTS = frozenset(
-    "dim ndimension is_floating_point is_complex is_contiguous is_signed is_inference is_conj is_neg "
-    "is_pinned is_shared is_set_to is_same_size is_distributed is_coalesced get_device element_size "
-    "storage_offset stride size __len__ numel nelement "
-    "result_type promote_types can_cast is_tensor is_storage is_autocast_enabled type "
-    "__repr__ __format__ __dir__ __hash__ __reduce_ex__ __deepcopy__ _assert _assert_async "
-    "get_default_dtype _is_view is_vulkan_available has_names is_grad_enabled dim_order".split()
+    [
+        "dim",
+        "ndimension",
+        "is_floating_point",
+        "is_complex",
+        "is_contiguous",
+        "is_signed",
+        "is_inference",
+        "is_conj",
+        "is_neg",
+        "is_pinned",
+        "is_shared",
+        "is_set_to",
+        "is_same_size",
+        "is_distributed",
+        "is_coalesced",
+        "get_device",
+        "element_size",
+        "storage_offset",
+        "stride",
+        "size",
+        "__len__",
+        "numel",
+        "nelement",
+        "result_type",
+        "promote_types",
+        "can_cast",
+        "is_tensor",
+        "is_storage",
+        "is_autocast_enabled",
+        "type",
+        "__repr__",
+        "__format__",
+        "__dir__",
+        "__hash__",
+        "__reduce_ex__",
+        "__deepcopy__",
+        "_assert",
+        "_assert_async",
+        "get_default_dtype",
+        "_is_view",
+        "is_vulkan_available",
+        "has_names",
+        "is_grad_enabled",
+        "dim_order",
+    ]
 )
 # Change a tensor's shape under those who look at it.
 _RESHAPING = frozenset(
-    "unsqueeze_ squeeze_ t_ transpose_ swapaxes_ swapdims_ resize_ resize_as_ set_ as_strided_".split()
+    [
+        "unsqueeze_",
+        "squeeze_",
+        "t_",
+        "transpose_",
+        "swapaxes_",
+        "swapdims_",
+        "resize_",
+        "resize_as_",
+        "set_",
+        "as_strided_",
+    ]
 )
 _PACKAGES = tuple(
     str(Path(file).parent) + "/" for file in (torch.__file__, __file__) if file is not None
 )
 
 
-class Blocked(Exception):
+class Blocked(Exception):  # noqa: N818 (caught inside this package only)
     """A forward that cannot be recorded as a chain of calls.
 
     Attributes:
@@ -174,6 +226,7 @@ class _Recorder(TorchFunctionMode):
         self._model = model
         self._opaque = opaque
         self._stack: tuple[str, ...] = ()
+        self._dice = random.getstate()
         self._inside = 0  # a call that is recorded as a whole
         self._thread = threading.get_ident()
         # By id. The tensors are kept: an id must not be given anew.
@@ -211,7 +264,9 @@ class _Recorder(TorchFunctionMode):
         if id(leaf) in self._names:
             return Registered(self._names[id(leaf)])
         if leaf.grad_fn is not None:
-            raise self._block("a tensor was computed by something that torch's functions do not show")
+            raise self._block(
+                "a tensor was computed by something that torch's functions do not show"
+            )
         if leaf.requires_grad:
             raise self._block(
                 f"a tensor of shape {tuple(leaf.shape)} wants a gradient, but is no registered "
@@ -240,6 +295,7 @@ class _Recorder(TorchFunctionMode):
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Modules, autograd functions and attributes are watched, and left as they were."""
+        measure = builtins.len
         call, apply = nn.Module.__call__, torch.autograd.Function.__dict__["apply"]
         causal = transformer._detect_is_causal_mask
         recorder = self
@@ -261,8 +317,15 @@ class _Recorder(TorchFunctionMode):
                 return causal(*args, **kwargs)
             return recorder._call(causal, args, kwargs)
 
+        def length(value: Any, /) -> int:
+            # What len() returns Python makes a plain int, whatever __len__ gave.
+            if type(value) is Tensor and recorder._is_watching():
+                return value.shape[0] if value.ndim > 0 else measure(value)
+            return measure(value)
+
         attributes = [(m, dict(m.__dict__), dict(m._buffers)) for m in self._model.modules()]
-        nn.Module.__call__ = module_call  # type: ignore[method-assign, assignment]
+        nn.Module.__call__ = module_call  # type: ignore[method-assign]
+        builtins.len = length
         torch.autograd.Function.apply = classmethod(function_apply)  # type: ignore[assignment]
         transformer._detect_is_causal_mask = detect_causal
         try:
@@ -271,7 +334,8 @@ class _Recorder(TorchFunctionMode):
             self._check_attributes(attributes)
         finally:
             nn.Module.__call__ = call  # type: ignore[method-assign]
-            torch.autograd.Function.apply = apply
+            builtins.len = measure
+            torch.autograd.Function.apply = apply  # type: ignore[method-assign]
             transformer._detect_is_causal_mask = causal
             for module, before, buffers in attributes:
                 for key in [key for key in module.__dict__ if key not in before]:
@@ -321,19 +385,27 @@ class _Recorder(TorchFunctionMode):
         if path is None:  # not the model's: what it computes is recorded, call by call
             return call(module, *args, **kwargs)
         if self._runs_as_a_whole(path, module):
-            return self._call(
-                ModuleCall(path), args, kwargs, run=lambda *a, **k: call(module, *a, **k)
-            )
-        outer, begin, dice = self._stack, len(self.calls), random.getstate()
+            self._check_dice()
+            try:
+                return self._call(
+                    ModuleCall(path), args, kwargs, run=lambda *a, **k: call(module, *a, **k)
+                )
+            finally:
+                self._dice = random.getstate()
+        self._check_dice()
+        outer, begin = self._stack, len(self.calls)
         self._stack = (*outer, path)
         try:
             result = call(module, *args, **kwargs)
-            if random.getstate() != dice:
-                raise self._block("its forward draws from Python's random module")
+            self._check_dice()
         finally:
             self.visits.append((self._stack, begin, len(self.calls)))
             self._stack = outer
         return result
+
+    def _check_dice(self) -> None:
+        if random.getstate() != self._dice:
+            raise self._block("its forward draws from Python's random module")
 
     def __torch_function__(
         self,
@@ -386,7 +458,7 @@ class _Recorder(TorchFunctionMode):
             for dim in range(tensor.ndim):
                 count = count * self._size(number, tensor, dim)
             return count
-        if name == "__len__":  # Python makes a plain int of it
+        if name == "__len__":  # called by other means than len()
             self.decided(SizeOf(number, 0), len(tensor))
             return len(tensor)
         return None
@@ -538,12 +610,10 @@ def _context() -> Context:
 
 def _memory(tensor: Tensor) -> int:
     try:
-        return tensor.untyped_storage()._cdata
+        return int(tensor.untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):  # sparse tensors have none of their own
         return id(tensor)
 
 
 def _alias(tensor: Tensor) -> Tensor:
     return tensor.view_as(tensor) if tensor.layout == torch.strided else tensor.clone()
-
-

@@ -5,6 +5,7 @@ from __future__ import annotations
 import linecache
 import math
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -170,7 +171,9 @@ class Source:
             name = self.bind(OPERATIONS[leaf.operation], leaf.operation)
             return f"{name}({', '.join(operands)})"
         if type(leaf) in _LITERALS or (type(leaf) is float and math.isfinite(leaf)):
-            return repr(leaf) if not (isinstance(leaf, (int, float)) and leaf < 0) else f"({leaf!r})"
+            return (
+                repr(leaf) if not (isinstance(leaf, (int, float)) and leaf < 0) else f"({leaf!r})"
+            )
         return self._emit_container(leaf)
 
     def _emit_container(self, leaf: Any) -> str:
@@ -231,7 +234,8 @@ class _Check:
             raise ModelCaptureError(
                 f"the model's code goes another way for this input than for the sample it was captured "
                 f"with: {_brief(self._call.target.expression)} is {answer} instead of {self._answer} "
-                f"({self._call.place}). Give batches of the sample's sizes, or capture with such a sample."
+                f"({self._call.place}). Give batches of the sample's sizes, or capture with "
+                f"such a sample."
             )
 
 
@@ -246,16 +250,16 @@ class _Unpack:
         call = self._call
         if spec != call.spec:
             raise ModelCaptureError(
-                f"{call.name} returned {spec} instead of {call.spec}, as it did for the sample the model "
-                f"was captured with ({call.place})"
+                f"{call.name} returned {spec} instead of {call.spec}, as it did for the sample the "
+                f"model was captured with ({call.place})"
             )
         for now, then in zip(found, call.outputs, strict=True):
             if isinstance(then, Ref) != isinstance(now, Tensor) or (
                 not isinstance(then, Ref) and now != then
             ):
                 raise ModelCaptureError(
-                    f"{call.name} returned {now!r:.60} where it returned {then!r:.60} for the sample the "
-                    f"model was captured with, and what follows may depend on it ({call.place})"
+                    f"{call.name} returned {now!r:.60} where it returned {then!r:.60} for the sample "
+                    f"the model was captured with, and what follows may depend on it ({call.place})"
                 )
         return [leaf for leaf in found if isinstance(leaf, Tensor)]
 
@@ -266,20 +270,19 @@ class _Under:
     def __init__(self, context: Context, ambient: Context) -> None:
         self._no_grad = ambient.grad and not context.grad
         self._autocast = [
-            own for own, around in zip(context.autocast, ambient.autocast, strict=True) if own != around
+            own
+            for own, around in zip(context.autocast, ambient.autocast, strict=True)
+            if own != around
         ]
 
     def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def under(*args: Any, **kwargs: Any) -> Any:
-            outer = [torch.autocast(kind, dtype=d, enabled=on) for kind, on, d in self._autocast]
-            with torch.set_grad_enabled(torch.is_grad_enabled() and not self._no_grad):
-                for context in outer:
-                    context.__enter__()
-                try:
-                    return function(*args, **kwargs)
-                finally:
-                    for context in reversed(outer):
-                        context.__exit__(None, None, None)
+            with ExitStack() as settings:
+                grad = torch.is_grad_enabled() and not self._no_grad
+                settings.enter_context(torch.set_grad_enabled(grad))
+                for kind, enabled, dtype in self._autocast:
+                    settings.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled))
+                return function(*args, **kwargs)
 
         return under
 

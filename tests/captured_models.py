@@ -71,7 +71,7 @@ def _maxvit() -> nn.Module:
 
 
 def _vit() -> nn.Module:
-    return models.VisionTransformer(
+    model = models.VisionTransformer(
         image_size=32,
         patch_size=8,
         num_layers=3,
@@ -81,6 +81,8 @@ def _vit() -> nn.Module:
         dropout=0.1,
         num_classes=10,
     )
+    nn.init.normal_(model.heads.head.weight)  # which is zero, and so were all gradients behind it
+    return model
 
 
 def _densenet() -> nn.Module:
@@ -194,9 +196,7 @@ class LstmLanguageModel(nn.Module):
     def __init__(self, words: int = 30, width: int = 12, layers: int = 3) -> None:
         super().__init__()
         self.embedding = nn.Embedding(words, width)
-        self.lstms = nn.ModuleList(
-            nn.LSTM(width, width, batch_first=True) for _ in range(layers)
-        )
+        self.lstms = nn.ModuleList(nn.LSTM(width, width, batch_first=True) for _ in range(layers))
         self.dropout = nn.Dropout(0.2)
         self.decoder = nn.Linear(width, words)
 
@@ -238,7 +238,9 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(width)
         self.attention = Attention(width, heads, length)
         self.norm2 = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.norm1(x))
@@ -294,7 +296,11 @@ class DictModel(nn.Module):
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Any]:
         x = self.trunk(batch["x"] * batch["weight"].unsqueeze(1))
-        return {"classes": self.classes(x), "box": (self.box(x).sigmoid(), None), "kind": "detection"}
+        return {
+            "classes": self.classes(x),
+            "box": (self.box(x).sigmoid(), None),
+            "kind": "detection",
+        }
 
 
 def gpt(*, tied: bool) -> Made:

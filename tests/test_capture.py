@@ -292,7 +292,8 @@ def test_a_skip_that_is_written_into_is_seen_by_both_its_users_or_not_cut() -> N
 
     model = Root(skip)
     with torch.no_grad():
-        assert agrees(model, chain := capture(model, X), X)
+        chain = capture(model, X)
+        assert agrees(model, chain, X)
         with pytest.raises(ModelCaptureError, match=r"cannot cut before second: relu_ .* in place"):
             chain.cut_at("second")
 
@@ -348,8 +349,10 @@ def test_a_loop_over_one_cell_cannot_be_cut_through() -> None:
         return self.second(x)
 
     chain = capture(Root(loop), X)
-    with pytest.raises(ModelCaptureError, match=r"between 1 and 1.*used 3 times, in a loop around first"):
-        chain.stages([1, 2])
+    with pytest.raises(
+        ModelCaptureError, match=r"between 1 and 2.*used 3 times, in a loop around first"
+    ):
+        chain.stages([1, 2, 3])
     assert len(chain.stages(["second"])) == 2
 
 
@@ -365,7 +368,9 @@ def test_names_to_cut_before() -> None:
     with pytest.raises(ModelCaptureError, match="in the order the model runs"):
         chain.stages(["bottom", "down.1"])
     chain = capture(*made("masked encoder"))
-    with pytest.raises(ModelCaptureError, match=r"inside encoder.layers.1, a TransformerEncoderLayer"):
+    with pytest.raises(
+        ModelCaptureError, match=r"inside encoder.layers.1, a TransformerEncoderLayer"
+    ):
         chain.stages(["encoder.layers.1.linear1"])
 
 
@@ -379,7 +384,9 @@ def test_lengths_may_differ_where_the_model_allows_it() -> None:
     for length in (3, 20, 32):
         ids = torch.randint(20, (3, length))
         assert torch.equal(run(chain, ids), model(ids))
-    with pytest.raises(ModelCaptureError, match=r"goes another way .* is True instead of False.*line"):
+    with pytest.raises(
+        ModelCaptureError, match=r"goes another way .* is True instead of False.*line"
+    ):
         run(chain, torch.randint(20, (2, 33)))
 
 
@@ -389,11 +396,15 @@ def test_lengths_may_not_differ_where_the_code_counts_them() -> None:
 
     class Any6(Root):
         def forward(self, x: Tensor) -> Tensor:
-            return torch.stack([x[:, i] * (i + 1) for i in range(x.shape[1])], 1) * self.first.bias[0]
+            return (
+                torch.stack([x[:, i] * (i + 1) for i in range(x.shape[1])], 1) * self.first.bias[0]
+            )
 
     model = Any6(by_column)
     chain = capture(model, X)
-    with pytest.raises(ModelCaptureError, match=r"shape \(4, 5\), but the model was captured for \(\*, 6\)"):
+    with pytest.raises(
+        ModelCaptureError, match=r"shape \(4, 5\), but the model was captured for \(\*, 6\)"
+    ):
         run(chain, X[:, :5])
 
 
@@ -425,7 +436,9 @@ def test_control_flow_of_the_models_own_forward_is_refused_with_the_line(functio
 
 def test_models_and_samples_that_cannot_be() -> None:
     linear = nn.Linear(6, 2)
-    assert "could not run on the sample ((4, 5) torch.float32)" in refusal(linear, torch.zeros(4, 5))
+    assert "could not run on the sample ((4, 5) torch.float32)" in refusal(
+        linear, torch.zeros(4, 5)
+    )
     with pytest.raises(TypeError, match=r"must be an nn\.Module"):
         capture(lambda x: x, X)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="the sample must be a tensor"):

@@ -35,7 +35,8 @@ def plain_call(chain: GraphChain, value: Any) -> Any:
 
 def loss_of(output: Any) -> Tensor:
     return sum(
-        (t * torch.linspace(-1, 1, t.numel(), dtype=t.dtype).view(t.shape)).sum() for t in tensors(output)
+        (t * torch.linspace(-1, 1, t.numel(), dtype=t.dtype).view(t.shape)).sum()
+        for t in tensors(output)
     )  # type: ignore[return-value]
 
 
