@@ -153,13 +153,23 @@ def _record(
 @contextmanager
 def _left_alone(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
+    # A shortcut in evaluation mode that looks at the mask's values, and that layers cannot be cut out
+    # of: a nested tensor for all of them. The layers are run one by one instead, as in training.
+    encoders: list[Any] = [
+        module for module in model.modules() if hasattr(module, "use_nested_tensor")
+    ]
+    nested_tensors = [encoder.use_nested_tensor for encoder in encoders]
     buffers = SavedBuffers([model])
     devices = {t.device for t in [*model.parameters(), *model.buffers()] if t.is_cuda}
     try:
+        for encoder in encoders:
+            encoder.use_nested_tensor = False
         with torch.random.fork_rng(devices=sorted(device.index or 0 for device in devices)):
             yield
     finally:
         buffers.restore()
+        for encoder, use in zip(encoders, nested_tensors, strict=True):
+            encoder.use_nested_tensor = use
         for module, mode in modes:
             module.training = mode
 
@@ -246,8 +256,6 @@ def _check_model(model: nn.Module) -> None:
         raise ModelCaptureError(f"the model is wrapped in {kind}; give model.module")
     if isinstance(model, torch.jit.ScriptModule):
         raise ModelCaptureError("the model is a compiled script; give the module it was made from")
-    if hasattr(model, "_orig_mod"):
-        raise ModelCaptureError("the model went through torch.compile; give the module before that")
     devices: dict[torch.device, str] = {}
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer)):
@@ -272,5 +280,9 @@ def _check_model(model: nn.Module) -> None:
             f"places its stages itself"
         )
     for path, module in model.named_modules():
+        if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
+            raise ModelCaptureError(
+                f"{path or 'the model'} went through torch.compile; give the module before that"
+            )
         if ".quantized" in type(module).__module__:
             raise ModelCaptureError(f"{path or 'the model'} is quantized, which cannot be trained")

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 from fdg_cuda.nested import PLAIN
@@ -74,7 +75,7 @@ def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:
     if kind is slice:
         parts = (tree.start, tree.stop, tree.step)
         return slice(*[map_leaves(function, part) for part in parts])
-    if isinstance(tree, (Tensor, *PLAIN)) or pytree.tree_is_leaf(tree):
+    if isinstance(tree, (Tensor, PackedSequence, *PLAIN)) or pytree.tree_is_leaf(tree):
         return function(tree)
     return pytree.tree_map(lambda leaf: map_leaves(function, leaf), tree)
 

@@ -213,6 +213,30 @@ def test_a_module_with_hooks_is_called_as_a_whole_and_its_hooks_too() -> None:
     assert len(seen) == 1
 
 
+def test_an_encoder_is_cut_between_its_layers_whatever_it_does_in_evaluation_mode() -> None:
+    """By default it makes one nested tensor for all of them, where nothing wants gradients."""
+    layer = nn.TransformerEncoderLayer(6, 2, 8, batch_first=True)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = nn.TransformerEncoder(layer, 3)
+
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            return self.encoder(x, src_key_padding_mask=mask)
+
+    model, mask = Model().eval(), torch.tensor([[False] * 4, [False, False, True, True]])
+    batch = (torch.randn(2, 4, 6), mask)
+    chain = capture(model, batch)
+    assert chain.whole == {}
+    assert model.encoder.use_nested_tensor
+    assert len(chain.stages(["encoder.layers.1", "encoder.layers.2"])) == 3
+    assert torch.equal(run(chain, batch), model(*batch))
+    with torch.no_grad():
+        found, expected = run(chain, batch), model(*batch)
+    assert torch.allclose(found[~mask], expected[~mask], atol=1e-5)
+
+
 def test_a_frozen_part_stays_in_evaluation_mode() -> None:
     """What depends on the mode follows the modules, one by one, as the user sets them."""
     model = Function(lambda self, x: F.dropout(x, 0.5, training=self.training))
@@ -451,5 +475,11 @@ def test_models_and_samples_that_cannot_be() -> None:
     quantized = nn.Linear(6, 2)
     quantized.register_buffer("q", torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8))
     assert "quantized" in refusal(quantized, X)
+    compiled = nn.Sequential(torch.compile(nn.Linear(6, 6)), linear)
+    assert "0 went through torch.compile" in refusal(compiled, X)
+    pack = nn.utils.rnn.pack_sequence
+    packing = Root(lambda self, x: self.first(pack([x, x]))[1])
+    packing.first = nn.GRU(6, 3)
+    assert "a PackedSequence is passed on" in refusal(packing, X)
     hidden = [nn.Parameter(torch.ones(6))]
     assert "no registered parameter" in refusal(Root(lambda self, x: self.first(x) * hidden[0]), X)
