@@ -8,23 +8,20 @@ are numbers with a memory (:mod:`fdg_cuda.traced_numbers`), and only values cann
 
 from __future__ import annotations
 
-import builtins
 import random
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import transformer
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from fdg_cuda.nested import PLAIN
+from fdg_cuda.torch_facts import FACTS, HANDED_ON, RESHAPING, has_hooks, is_layer
 from fdg_cuda.trace import (
     Call,
     Constant,
@@ -52,79 +49,8 @@ from fdg_cuda.traced_numbers import (
     plain,
     traced,
 )
+from fdg_cuda.watching import Attributes, watched
 
-# Modules of torch that are chains of others rather than one layer.
-_CONTAINERS = (nn.Transformer, nn.TransformerEncoder, nn.TransformerDecoder)
-_LAYERS_FROM = ("torch.nn.", "torch.ao.", "torch.jit.")
-
-# What may be among a call's arguments beside tensors and containers.
-_PLAIN = (*PLAIN, torch.layout, torch.memory_format, torch.Generator, type, type(Ellipsis), range)
-
-# What a tensor may be asked, the answer being as good for every later batch. (Sizes are seen to
-# before; attributes that are no tensors are all of this kind.)
-_FACTS = frozenset(
-    [
-        "dim",
-        "ndimension",
-        "is_floating_point",
-        "is_complex",
-        "is_contiguous",
-        "is_signed",
-        "is_inference",
-        "is_conj",
-        "is_neg",
-        "is_pinned",
-        "is_shared",
-        "is_set_to",
-        "is_same_size",
-        "is_distributed",
-        "is_coalesced",
-        "get_device",
-        "element_size",
-        "storage_offset",
-        "stride",
-        "size",
-        "__len__",
-        "numel",
-        "nelement",
-        "result_type",
-        "promote_types",
-        "can_cast",
-        "is_tensor",
-        "is_storage",
-        "is_autocast_enabled",
-        "type",
-        "__repr__",
-        "__format__",
-        "__dir__",
-        "__hash__",
-        "__reduce_ex__",
-        "__deepcopy__",
-        "_assert",
-        "_assert_async",
-        "get_default_dtype",
-        "_is_view",
-        "is_vulkan_available",
-        "has_names",
-        "is_grad_enabled",
-        "dim_order",
-    ]
-)
-# Change a tensor's shape under those who look at it.
-_RESHAPING = frozenset(
-    [
-        "unsqueeze_",
-        "squeeze_",
-        "t_",
-        "transpose_",
-        "swapaxes_",
-        "swapdims_",
-        "resize_",
-        "resize_as_",
-        "set_",
-        "as_strided_",
-    ]
-)
 _PACKAGES = tuple(
     str(Path(file).parent) + "/" for file in (torch.__file__, __file__) if file is not None
 )
@@ -193,23 +119,6 @@ def first_names(model: nn.Module) -> dict[int, str]:
     return names
 
 
-def is_layer(module: nn.Module) -> bool:
-    """Whether ``module`` is one of torch's own layers, which are called as a whole."""
-    return type(module).__module__.startswith(_LAYERS_FROM) and not (
-        isinstance(module, (*_CONTAINERS, nn.Sequential, nn.ModuleList, nn.ModuleDict))
-    )
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether somebody wants to be told when ``module`` as a whole runs."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
-
-
 class _Recorder(TorchFunctionMode):
     def __init__(self, model: nn.Module, opaque: frozenset[str]) -> None:
         super().__init__()
@@ -254,7 +163,7 @@ class _Recorder(TorchFunctionMode):
         if not isinstance(leaf, Tensor):
             if isinstance(leaf, torch.device) and leaf == self.device:
                 return Here()
-            if isinstance(leaf, _PLAIN):
+            if isinstance(leaf, HANDED_ON):
                 return leaf
             raise self._block(
                 f"a {type(leaf).__name__} is passed on, in which tensors could not be followed"
@@ -294,84 +203,37 @@ class _Recorder(TorchFunctionMode):
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Modules, autograd functions and attributes are watched, and left as they were."""
-        measure = builtins.len
-        call, apply = nn.Module.__call__, torch.autograd.Function.__dict__["apply"]
-        causal = transformer._detect_is_causal_mask
-        recorder = self
-
-        def module_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if not recorder._is_watching():
-                return call(module, *args, **kwargs)
-            return recorder._module(module, call, args, kwargs)
-
-        def function_apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-            original = MethodType(apply.__func__, cls)
-            if not recorder._is_watching():
-                return original(*args, **kwargs)
-            return recorder._call(original, args, kwargs)
-
-        def detect_causal(*args: Any, **kwargs: Any) -> Any:
-            # A look at the mask's values that chooses the kernel: asked again for every batch.
-            if not recorder._is_watching():
-                return causal(*args, **kwargs)
-            return recorder._call(causal, args, kwargs)
-
-        def length(value: Any, /) -> int:
-            # What len() returns Python makes a plain int, whatever __len__ gave.
-            if type(value) is Tensor and recorder._is_watching():
-                return value.shape[0] if value.ndim > 0 else measure(value)
-            return measure(value)
-
-        attributes = [(m, dict(m.__dict__), dict(m._buffers)) for m in self._model.modules()]
-        nn.Module.__call__ = module_call  # type: ignore[method-assign]
-        builtins.len = length
-        torch.autograd.Function.apply = classmethod(function_apply)  # type: ignore[assignment]
-        transformer._detect_is_causal_mask = detect_causal
+        """All calls are seen; afterwards modules have the attributes they had."""
+        attributes = Attributes(self._model)
         try:
-            with torch.inference_mode(False), self:
+            with (
+                watched(self._is_watching, self._module, self._call),
+                torch.inference_mode(False),
+                self,
+            ):
                 yield
             self._check_attributes(attributes)
         finally:
-            nn.Module.__call__ = call  # type: ignore[method-assign]
-            builtins.len = measure
-            torch.autograd.Function.apply = apply  # type: ignore[method-assign]
-            transformer._detect_is_causal_mask = causal
-            for module, before, buffers in attributes:
-                for key in [key for key in module.__dict__ if key not in before]:
-                    del module.__dict__[key]
-                module.__dict__.update(before)
-                module._buffers.clear()
-                module._buffers.update(buffers)
+            attributes.restore()
 
     def _is_watching(self) -> bool:
         return self._inside == 0 and threading.get_ident() == self._thread
 
-    def _check_attributes(
-        self, before: list[tuple[nn.Module, dict[str, Any], dict[str, Any]]]
-    ) -> None:
+    def _check_attributes(self, attributes: Attributes) -> None:
         wholes = tuple(
             path + "."
             for path, module in self._model.named_modules(remove_duplicate=False)
             if self._runs_as_a_whole(path, module)
         )
-        for module, attributes, buffers in before:
+        for module, key in attributes.changed():
             path = self._modules[id(module)]
-            if (path + ".").startswith(wholes):
-                continue
-            for now, then in ((module.__dict__, attributes), (module._buffers, buffers)):
-                changed = [
-                    key
-                    for key in {**now, **then}
-                    if key not in now or key not in then or now[key] is not then[key]
-                ]
-                if changed:
-                    raise Blocked(
-                        f"its forward sets the attribute {changed[0]!r}, which a recorded forward "
-                        f"would not do again",
-                        ("",) if path == "" else ("", path),
-                        None,
-                    )
+            if not (path + ".").startswith(wholes):
+                raise Blocked(
+                    f"its forward sets the attribute {key!r}, which a recorded forward would not do "
+                    f"again",
+                    ("",) if path == "" else ("", path),
+                    None,
+                )
 
     def _runs_as_a_whole(self, path: str, module: nn.Module) -> bool:
         return path != "" and (path in self._opaque or is_layer(module) or has_hooks(module))
@@ -426,13 +288,13 @@ class _Recorder(TorchFunctionMode):
         if name == "__get__":  # of an attribute
             result = func(*args)
             return self._call(func, args, kwargs) if isinstance(result, Tensor) else result
-        if name in _RESHAPING:
+        if name in RESHAPING:
             raise self._block(f"{name} changes the shape of a tensor in place")
         if func in (torch.autograd.grad, torch.autograd.backward, Tensor.backward):
             raise self._block("it computes gradients inside the forward")
         if not any(isinstance(leaf, Tensor) for leaf in leaves((args, kwargs))):
             return self._without_tensors(func, args, kwargs)
-        if name in _FACTS and not (name == "type" and len(args) + len(kwargs) > 1):
+        if name in FACTS and not (name == "type" and len(args) + len(kwargs) > 1):
             if name in ("_assert", "_assert_async"):
                 return self._call(func, args, kwargs)
             return func(*map_leaves(plain, args), **map_leaves(plain, kwargs))
@@ -562,7 +424,7 @@ class _Recorder(TorchFunctionMode):
         for leaf in found:
             if isinstance(leaf, Tensor) or leaf is None:
                 continue
-            if not isinstance(leaf, _PLAIN):
+            if not isinstance(leaf, HANDED_ON):
                 raise self._block(f"{call.name} gives a {type(leaf).__name__}")
             if not isinstance(call.target, ModuleCall) and call.name != "_detect_is_causal_mask":
                 raise self._block(
