@@ -13,6 +13,7 @@ from captured_models import DictModel, TwoTower, UNet, gpt, made
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fdg_cuda import FDGRunner
 from fdg_cuda.capture import capture
 from fdg_cuda.errors import ModelCaptureError
 from fdg_cuda.graph_chain import GraphChain
@@ -483,3 +484,23 @@ def test_models_and_samples_that_cannot_be() -> None:
     assert "a PackedSequence is passed on" in refusal(packing, X)
     hidden = [nn.Parameter(torch.ones(6))]
     assert "no registered parameter" in refusal(Root(lambda self, x: self.first(x) * hidden[0]), X)
+
+
+def test_stages_train_in_a_runner_as_stages_cut_by_hand_do() -> None:
+    """Where one tensor crosses each cut; and the caller's model holds the trained weights."""
+
+    def stages_by_hand(model: Any) -> list[nn.Module]:
+        stem = nn.Sequential(model.conv1, model.bn1, model.relu, model.maxpool, model.layer1)
+        head = nn.Sequential(model.layer4, model.avgpool, nn.Flatten(), model.fc)
+        return [stem, nn.Sequential(model.layer2, model.layer3), head]
+
+    model = made("resnet")[0].double()
+    twin = copy.deepcopy(model)
+    data = [(torch.randn(n, 3, 16, 16).double(), torch.randint(0, 10, (n,))) for n in (4, 4, 4, 3)]
+    captured = capture(model, data[0][0]).stages(["layer2.0", "layer4.0"])
+    losses = []
+    for stages in (captured, stages_by_hand(twin)):
+        runner = FDGRunner(nn.Sequential(*stages), ["cpu"] * 3, split=[1, 2], lr=0.01)
+        losses.append(runner.fit(data, epochs=2).batch_losses)
+    assert losses[0] == losses[1]
+    assert all(torch.equal(v, twin.state_dict()[k]) for k, v in model.state_dict().items())
