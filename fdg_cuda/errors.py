@@ -157,3 +157,8 @@ class CaptureError(RuntimeError):
 
 class CheckpointError(RuntimeError):
     """A checkpoint cannot be gone on from, or a folder cannot take one. The message names the path."""
+
+
+class ModelCaptureError(RuntimeError):
+    """A model's forward cannot be laid out as a chain, or not be cut as asked; or a batch does not fit
+    what was laid out."""
