@@ -125,7 +125,9 @@ class Stage(ABC):
         """
         if self._optimizer is None:
             self._optimizer = self._make_optimizer(hyper.optimizer)
-            self._optimizer.load(self._kept.of(self.memory.parameters))
+            kept = self._kept.of(self.memory.parameters)
+            if any(kept):
+                self._optimizer.load(kept)
         if isinstance(self._optimizer, TorchOptimizer):
             groups = self._optimizer.groups
         else:

@@ -98,6 +98,8 @@ class TorchOptimizer(StageOptimizer):
         super().__init__(memory)
         self._parameters = list(parameters)
         self._optimizer = optimizer
+        # Some make their state when they are made (Adagrad), and never again.
+        self._initial = self.snapshot()
 
     @property
     def groups(self) -> list[int]:
@@ -147,7 +149,17 @@ class TorchOptimizer(StageOptimizer):
         return [known.get(p, {}) for p in self._parameters]
 
     def load(self, states: Sequence[State]) -> None:
-        of = {id(p): copied(s) for p, s in zip(self._parameters, states, strict=True) if s}
+        of = {
+            id(parameter): known
+            for parameter, state, initial in zip(
+                self._parameters, states, self._initial, strict=True
+            )
+            if (known := copied(state or initial))
+        }
+        if not of:
+            for parameter in self._parameters:
+                self._optimizer.state.pop(parameter, None)
+            return
         packed = self._optimizer.state_dict()
         in_order = (p for group in self._optimizer.param_groups for p in group["params"])
         packed["state"] = {n: of[id(p)] for n, p in enumerate(in_order) if id(p) in of}

@@ -141,6 +141,16 @@ def test_a_crash_at_any_batch_leaves_no_trace(
         assert same_bits(everything(*resumed), expected), f"crash behind batch {crash}"
 
 
+@pytest.mark.parametrize("make", [torch.optim.Adagrad])
+def test_states_made_early_or_of_another_dtype_go_on(tmp_path: Path, make: Any) -> None:
+    options = {"optimizer": lambda params: make(params, lr=0.01)}
+    expected = everything(*a_run(tmp_path / "unbroken", **options))
+    with pytest.raises(CrashError):
+        a_run(tmp_path / "run", crash=12, **options)
+    resumed = a_run(tmp_path / "run", resume=True, **options)
+    assert same_bits(everything(*resumed), expected)
+
+
 def test_crash_after_crash(tmp_path: Path) -> None:
     expected = everything(*a_run(tmp_path / "unbroken"))
     for crash in (4, 2, 1, 6, 3):

@@ -10,7 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from chains import batches, compare, cut, even_split, largest_difference, mlp, oracle
+from chains import (
+    batches,
+    compare,
+    cut,
+    even_split,
+    largest_difference,
+    mlp,
+    oracle,
+)
 from refusals import refused
 from torch import Tensor, nn
 
@@ -34,6 +42,11 @@ def foreach_rmsprop(params: list[Any]) -> torch.optim.Optimizer:
     return torch.optim.RMSprop(params, lr=1e-3, momentum=0.5, foreach=True)
 
 
+def adagrad(params: list[Any]) -> torch.optim.Optimizer:
+    """Makes its state when it is made."""
+    return torch.optim.Adagrad(params, lr=0.05, initial_accumulator_value=0.1)
+
+
 def sgd(params: list[Any]) -> torch.optim.Optimizer:
     return torch.optim.SGD(params, lr=0.05, momentum=0.9, weight_decay=5e-4, nesterov=True)
 
@@ -51,7 +64,7 @@ class InPlace(torch.optim.Optimizer):
                 parameter.add_(parameter.grad.sign_(), alpha=-group["lr"])
 
 
-MAKERS: list[Make] = [adamw, fused_adam, foreach_rmsprop, InPlace]
+MAKERS: list[Make] = [adamw, fused_adam, foreach_rmsprop, adagrad, InPlace]
 
 
 @pytest.mark.parametrize("backward_weights", ["stash", "current"])
@@ -201,7 +214,38 @@ def test_state_survives_between_fits_and_changes_of_layout() -> None:
     assert float(runner.stages[0].optimizer_state()[frozen]["step"]) == 2 * len(data)
 
 
-@pytest.mark.parametrize("options", [{"optimizer": adamw}, {"lr": 0.05}], ids=["adamw", "fused"])
+@pytest.mark.parametrize("make", [adamw, adagrad])
+def test_a_parameter_thawed_later_begins_as_in_torch(make: Make) -> None:
+    model = mlp()
+    plain = copy.deepcopy(model)
+    runner = FDGRunner(model, ["cpu"], optimizer=make)
+    optimizer = make(list(plain.parameters()))
+    for frozen in (True, False):
+        for each in (model, plain):
+            each[2].weight.requires_grad_(not frozen)
+        runner.fit(batches())
+        for x, y in batches():
+            optimizer.zero_grad()
+            torch.autograd.backward(nn.functional.cross_entropy(plain(x), y))
+            optimizer.step()
+    assert largest_difference(model.state_dict(), plain.state_dict()) == 0
+
+
+def test_what_is_not_in_a_loaded_state_begins_as_in_a_new_optimizer() -> None:
+    used, new = (FDGRunner(mlp(), ["cpu"], optimizer=adagrad) for _ in range(2))
+    used.fit(batches())
+    new.load_state_dict(used.state_dict())
+    used.stages[0].load_optimizer_state({})
+    for each in (used, new):
+        each.fit(batches())
+    assert largest_difference(used.state_dict(), new.state_dict()) == 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"optimizer": adamw}, {"optimizer": adagrad}, {"lr": 0.05}],
+    ids=["adamw", "adagrad", "fused"],
+)
 @pytest.mark.parametrize("fitted", [False, True], ids=["new runner", "used runner"])
 def test_a_loaded_state_goes_on_bit_for_bit(options: dict[str, Any], fitted: bool) -> None:
     data = batches()
@@ -244,12 +288,13 @@ def test_states_that_cannot_be_loaded() -> None:
         stage.load_optimizer_state(adam.stages[0].optimizer_state())
 
 
-def test_after_a_loss_that_is_no_number_the_state_is_that_of_the_epochs_begin() -> None:
+@pytest.mark.parametrize("make", [adamw, adagrad])
+def test_after_a_loss_that_is_no_number_the_state_is_that_of_the_epochs_begin(make: Make) -> None:
     data = batches()
     spoiled = [*data[:6], (data[6][0] * float("nan"), data[6][1]), *data[7:]]
     model, plain = mlp(batch_norm=False), mlp(batch_norm=False)
-    runner = FDGRunner(model, ["cpu"] * 2, split=[4], optimizer=adamw)
-    other = FDGRunner(plain, ["cpu"] * 2, split=[4], optimizer=adamw)
+    runner = FDGRunner(model, ["cpu"] * 2, split=[4], optimizer=make)
+    other = FDGRunner(plain, ["cpu"] * 2, split=[4], optimizer=make)
     with pytest.raises(NonFiniteLossError):
         runner.fit(spoiled)
     for each in (runner, other):
