@@ -14,6 +14,7 @@ from fdg_cuda.flat import FlatMemory
 from fdg_cuda.gradients import Ready
 
 MOMENTUM = "momentum_buffer"  # torch.optim.SGD's name
+STEP = "step"  # which torch's optimizers choose the dtype and device of by their own settings
 
 State = Mapping[str, Any]  # of one parameter: tensors and plain values, by name
 
@@ -164,3 +165,15 @@ class TorchOptimizer(StageOptimizer):
         in_order = (p for group in self._optimizer.param_groups for p in group["params"])
         packed["state"] = {n: of[id(p)] for n, p in enumerate(in_order) if id(p) in of}
         self._optimizer.load_state_dict(packed)
+        for parameter in self._parameters:
+            self._keep_dtypes(self._optimizer.state[parameter], of.get(id(parameter), {}))
+
+    @staticmethod
+    def _keep_dtypes(loaded: dict[str, Any], state: State) -> None:
+        """torch makes everything of the parameter's dtype, NAdam's running product too."""
+        for name, value in state.items():
+            now = loaded.get(name)
+            if name == STEP or not (isinstance(value, Tensor) and isinstance(now, Tensor)):
+                continue
+            if now.dtype != value.dtype:
+                loaded[name] = value.to(now.device)

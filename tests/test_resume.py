@@ -141,7 +141,7 @@ def test_a_crash_at_any_batch_leaves_no_trace(
         assert same_bits(everything(*resumed), expected), f"crash behind batch {crash}"
 
 
-@pytest.mark.parametrize("make", [torch.optim.Adagrad])
+@pytest.mark.parametrize("make", [torch.optim.Adagrad, torch.optim.NAdam])
 def test_states_made_early_or_of_another_dtype_go_on(tmp_path: Path, make: Any) -> None:
     options = {"optimizer": lambda params: make(params, lr=0.01)}
     expected = everything(*a_run(tmp_path / "unbroken", **options))

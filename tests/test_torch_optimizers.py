@@ -47,6 +47,11 @@ def adagrad(params: list[Any]) -> torch.optim.Optimizer:
     return torch.optim.Adagrad(params, lr=0.05, initial_accumulator_value=0.1)
 
 
+def nadam(params: list[Any]) -> torch.optim.Optimizer:
+    """Its running product is float32, whatever the weights are. A larger eps, as above."""
+    return torch.optim.NAdam(params, lr=1e-2, eps=1e-6)
+
+
 def sgd(params: list[Any]) -> torch.optim.Optimizer:
     return torch.optim.SGD(params, lr=0.05, momentum=0.9, weight_decay=5e-4, nesterov=True)
 
@@ -64,7 +69,7 @@ class InPlace(torch.optim.Optimizer):
                 parameter.add_(parameter.grad.sign_(), alpha=-group["lr"])
 
 
-MAKERS: list[Make] = [adamw, fused_adam, foreach_rmsprop, adagrad, InPlace]
+MAKERS: list[Make] = [adamw, fused_adam, foreach_rmsprop, adagrad, nadam, InPlace]
 
 
 @pytest.mark.parametrize("backward_weights", ["stash", "current"])
@@ -241,10 +246,25 @@ def test_what_is_not_in_a_loaded_state_begins_as_in_a_new_optimizer() -> None:
     assert largest_difference(used.state_dict(), new.state_dict()) == 0
 
 
+@pytest.mark.parametrize("make", [adamw, nadam])
+def test_the_state_follows_weights_that_are_converted(make: Make) -> None:
+    data = batches()
+    model = mlp().float()
+    runner = FDGRunner(model, ["cpu"], optimizer=make)
+    runner.fit([(x.float(), y) for x, y in data])
+    before = runner.stages[0].optimizer_state()[model[0].weight]
+    model.double()
+    runner.fit(data[:1])
+    after = runner.stages[0].optimizer_state()[model[0].weight]
+    assert float(after["step"]) == len(data) + 1
+    assert before["exp_avg"].dtype == torch.float32
+    assert after["exp_avg"].dtype == torch.float64
+
+
 @pytest.mark.parametrize(
     "options",
-    [{"optimizer": adamw}, {"optimizer": adagrad}, {"lr": 0.05}],
-    ids=["adamw", "adagrad", "fused"],
+    [{"optimizer": adamw}, {"optimizer": adagrad}, {"optimizer": nadam}, {"lr": 0.05}],
+    ids=["adamw", "adagrad", "nadam", "fused"],
 )
 @pytest.mark.parametrize("fitted", [False, True], ids=["new runner", "used runner"])
 def test_a_loaded_state_goes_on_bit_for_bit(options: dict[str, Any], fitted: bool) -> None:
@@ -288,7 +308,7 @@ def test_states_that_cannot_be_loaded() -> None:
         stage.load_optimizer_state(adam.stages[0].optimizer_state())
 
 
-@pytest.mark.parametrize("make", [adamw, adagrad])
+@pytest.mark.parametrize("make", [adamw, adagrad, nadam])
 def test_after_a_loss_that_is_no_number_the_state_is_that_of_the_epochs_begin(make: Make) -> None:
     data = batches()
     spoiled = [*data[:6], (data[6][0] * float("nan"), data[6][1]), *data[7:]]
