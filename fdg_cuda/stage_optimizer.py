@@ -151,7 +151,7 @@ class TorchOptimizer(StageOptimizer):
 
     def load(self, states: Sequence[State]) -> None:
         of = {
-            id(parameter): known
+            id(parameter): {name: _laid_out(value, parameter) for name, value in known.items()}
             for parameter, state, initial in zip(
                 self._parameters, states, self._initial, strict=True
             )
@@ -177,3 +177,15 @@ class TorchOptimizer(StageOptimizer):
                 continue
             if now.dtype != value.dtype:
                 loaded[name] = value.to(now.device)
+
+
+def _laid_out(value: Any, parameter: Tensor) -> Any:
+    """A tensor of the parameter's shape in its strides, which a file does not keep; anything else as
+    it is."""
+    if (
+        not isinstance(value, Tensor)
+        or value.shape != parameter.shape
+        or value.stride() == parameter.stride()
+    ):
+        return value
+    return torch.empty_like(parameter, dtype=value.dtype, device=value.device).copy_(value)

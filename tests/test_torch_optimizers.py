@@ -13,8 +13,10 @@ import torch
 from chains import (
     batches,
     compare,
+    convolutional,
     cut,
     even_split,
+    images,
     largest_difference,
     mlp,
     oracle,
@@ -259,6 +261,24 @@ def test_the_state_follows_weights_that_are_converted(make: Make) -> None:
     assert float(after["step"]) == len(data) + 1
     assert before["exp_avg"].dtype == torch.float32
     assert after["exp_avg"].dtype == torch.float64
+
+
+def test_a_state_from_a_file_lies_as_its_parameter() -> None:
+    """A file keeps no strides; torch's fast paths want those of the weights."""
+    model = convolutional()
+    runner = FDGRunner(model, ["cpu"], optimizer=adamw)
+    runner.fit(images(1, channels_last=True))
+    (stage,) = runner.stages
+    contiguous = {
+        p: {name: value.contiguous() for name, value in state.items()}
+        for p, state in stage.optimizer_state().items()
+    }
+    weight = model[0].weight
+    assert contiguous[weight]["exp_avg"].stride() != weight.stride()
+    stage.load_optimizer_state(contiguous)
+    state = stage.optimizer_state()[weight]
+    assert state["exp_avg"].stride() == state["exp_avg_sq"].stride() == weight.stride()
+    assert torch.equal(state["exp_avg"], contiguous[weight]["exp_avg"])
 
 
 @pytest.mark.parametrize(
