@@ -302,7 +302,7 @@ class FDGRunner:
                 ``fit`` can be called again.
         """
         self._refuse_while_running("fit")
-        check_fit(epochs, lr_step)
+        epochs = check_fit(epochs, lr_step)
         self._check_model()
         check_scheduler(lr_scheduler, self.optimizer)
         listeners = [FunctionCallback(on_batch, on_epoch), *check_callbacks(callbacks)]

@@ -74,6 +74,15 @@ class TrainingState:
 
     # -- collecting -----------------------------------------------------------------------------
 
+    def check(self) -> None:
+        """Before the first batch: what the caller gave can be kept. (The loader's own state is looked
+        at where its iterator is made; asking for it may move it.)
+
+        Raises:
+            TypeError: the state of a scheduler or callback, or a setting, holds what a file cannot.
+        """
+        self._given()
+
     def collect(self, epoch: RunningEpoch, epochs: int) -> tuple[Tensors, dict[str, Any]]:
         """The state with ``epoch`` under way, or about to begin, out of ``epochs``.
 
@@ -81,13 +90,11 @@ class TrainingState:
             TypeError: the state of a scheduler, loader or callback holds what a file cannot.
         """
         parts = self._parts
-        tensors: Tensors = {}
-        extra: dict[str, Any] = {}
-        for key, value in parts.model.state_dict().items():
-            if isinstance(value, Tensor):
-                tensors[f"model.{key}"] = value.detach()
-            else:
-                extra[key] = to_plain(value, f"the model's state {key!r}")
+        tensors: Tensors = {
+            f"model.{key}": value.detach()
+            for key, value in parts.model.state_dict().items()
+            if isinstance(value, Tensor)
+        }
         tensors.update({f"buffer.{n}": b for n, b in _hidden_buffers(parts.model).items()})
         names = _parameter_names(parts.model)
         kept: dict[str, list[str]] = {}
@@ -110,17 +117,29 @@ class TrainingState:
             states, loader = self._epoch_start
             self._add_random(tensors, "epoch", states)
         tensors["losses"] = torch.tensor(parts.history.batch_losses, dtype=torch.float64)
-        scheduler = parts.lr_scheduler
         state = {
-            "recipe": dict(parts.recipe()),
+            **self._given(),
             "epochs": epochs,
             "epoch": epoch.number,
             "finished": epoch.number >= epochs,
             "running_epoch": epoch.state_dict(),
             "history": [to_plain(asdict(result), "history") for result in parts.history.epochs],
-            "model_extra": extra,
             "optimizer": {"keys": kept, "values": plain_values},
             "loss_scale": None if parts.loss_scale is None else parts.loss_scale.state_dict(),
+            "loader": loader,
+        }
+        return tensors, state
+
+    def _given(self) -> dict[str, Any]:
+        """What the caller gave, as it is now."""
+        parts, scheduler = self._parts, self._parts.lr_scheduler
+        return {
+            "recipe": self._recipe(),
+            "model_extra": {
+                key: to_plain(value, f"the model's state {key!r}")
+                for key, value in parts.model.state_dict().items()
+                if not isinstance(value, Tensor)
+            },
             "param_groups": _plain_groups(parts.optimizer),
             "lr_scheduler": None
             if scheduler is None
@@ -128,7 +147,6 @@ class TrainingState:
                 "kind": type(scheduler).__name__,
                 "state": to_plain(scheduler.state_dict(), "the state of lr_scheduler"),
             },
-            "loader": loader,
             "callbacks": [
                 {
                     "kind": type(callback).__name__,
@@ -139,7 +157,9 @@ class TrainingState:
                 for callback in parts.callbacks
             ],
         }
-        return tensors, state
+
+    def _recipe(self) -> dict[str, Any]:
+        return {name: to_plain(value, name) for name, value in self._parts.recipe().items()}
 
     def _add_random(self, tensors: Tensors, when: str, states: RandomStates) -> None:
         tensors.update({f"random.{when}.{n}": t for n, t in states.to_tensors().items()})
@@ -163,7 +183,7 @@ class TrainingState:
             CheckpointError: the state belongs to a run of another kind.
         """
         parts = self._parts
-        _check_same(state["recipe"], parts.recipe())
+        _check_same(state["recipe"], self._recipe())
         self._check_kinds(state)
         weights: dict[str, Any] = _under("model.", tensors)
         weights.update({key: from_plain(value) for key, value in state["model_extra"].items()})

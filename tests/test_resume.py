@@ -320,17 +320,42 @@ def test_a_state_that_is_not_plain_is_refused(tmp_path: Path) -> None:
     runner = FDGRunner(mlp(), ["cpu"])
     with pytest.raises(TypeError, match=r"callback Unplain\['when'\]\['weights'\] is a Tensor"):
         runner.fit(batches(2), callbacks=[Unplain()], checkpoints=tmp_path)
+    assert runner.history is not None
+    assert runner.history.batch_losses == []  # it is known before the first batch
 
 
 def test_numbers_of_numpy_come_back(tmp_path: Path) -> None:
     """As a schedule that computes with numpy leaves them in the optimizer's groups."""
-    runner = FDGRunner(mlp(), ["cpu"], lr=np.float64(0.05))
-    runner.optimizer.param_groups[0]["momentum"] = np.float64(0.3)
-    runner.fit(batches(2), checkpoints=tmp_path)
-    again = FDGRunner(mlp(), ["cpu"])
-    again.fit(batches(2), checkpoints=Checkpoints(tmp_path, resume=True))
-    (group,) = again.optimizer.param_groups
-    assert (group["lr"], group["momentum"]) == (0.05, 0.3)
+
+    class Best(Callback):
+        best: Any = np.bool_(True)
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"best": self.best}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            self.best = state["best"]
+
+    def fit(epochs: Any, resume: bool, callback: Best) -> FDGRunner:
+        runner = FDGRunner(
+            mlp(),
+            ["cpu"] * 2,
+            split=[4],
+            lr=np.float32(0.5),  # type: ignore[arg-type]
+            clip_norm=np.float64(1),
+            weight_decay=np.int64(0),  # type: ignore[arg-type]
+        )
+        if not resume:
+            runner.optimizer.param_groups[0]["momentum"] = np.float64(0.3)
+        checkpoints = Checkpoints(tmp_path, resume=resume)
+        runner.fit(batches(2), epochs, callbacks=[callback], checkpoints=checkpoints)
+        return runner
+
+    fit(np.int64(1), False, Best())
+    callback = Best()
+    (group,) = fit(2, True, callback).optimizer.param_groups
+    assert (group["lr"], group["momentum"], group["weight_decay"]) == (0.5, 0.3, 0)
+    assert callback.best is True
 
 
 def test_a_full_disk_does_not_end_training(
