@@ -74,6 +74,15 @@ class DelayedOptimizer(torch.optim.Optimizer, ABC):
         """The number of each parameter's group."""
         return [self._group_of[parameter] for parameter in parameters]
 
+    def names_and_groups(self, model: nn.Module) -> dict[str, int]:
+        """Of each parameter of ``model`` the number of its group; but where the factory divides them
+        itself, only of those that were trainable when this was made."""
+        named = dict(model.named_parameters())
+        if self.groups.given:
+            return {name: self.groups.of(name, parameter) for name, parameter in named.items()}
+        numbers = {id(p): n for n, group in enumerate(self.param_groups) for p in group["params"]}
+        return {name: numbers[id(p)] for name, p in named.items() if id(p) in numbers}
+
     @abstractmethod
     def hyper_row(self, shrinks: Sequence[int]) -> list[list[float]]:
         """Per group ``[lr, momentum, weight_decay, nesterov, beta**n for n in shrinks]`` in force now,

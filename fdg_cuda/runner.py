@@ -315,8 +315,10 @@ class FDGRunner:
             self._model.train()
         state = saver = goes_on_from = None
         if checkpoints is not None:
-            state = self._state(loader, lr_scheduler, listeners, history)
-            saver = Saver(as_checkpoints(checkpoints), state, epochs)
+            settings = as_checkpoints(checkpoints)
+            recipe = partial(self._recipe, settings.every)
+            state = self._state(recipe, loader, lr_scheduler, listeners, history)
+            saver = Saver(settings, state, epochs)
             goes_on_from = saver.begin()
             if goes_on_from is not None and not self._stages:
                 self._cut_as_in(goes_on_from)
@@ -356,11 +358,16 @@ class FDGRunner:
             fit.stop()
 
     def _state(
-        self, loader: Loader, lr_scheduler: Any, callbacks: Sequence[Callback], history: History
+        self,
+        recipe: Callable[[], dict[str, Any]],
+        loader: Loader,
+        lr_scheduler: Any,
+        callbacks: Sequence[Callback],
+        history: History,
     ) -> TrainingState:
         return TrainingState(
             Parts(
-                recipe=self._recipe,
+                recipe=recipe,
                 model=self._model,
                 stages=lambda: self._stages,
                 optimizer=self.optimizer,
@@ -372,8 +379,12 @@ class FDGRunner:
             )
         )
 
-    def _recipe(self) -> dict[str, Any]:
-        """What must be the same where training goes on from a checkpoint."""
+    def _recipe(self, every: int | None) -> dict[str, Any]:
+        """What must be the same where training goes on from a checkpoint.
+
+        Args:
+            every: batches between two drains.
+        """
         return {
             "method": self._schedule.method,
             "stages": self._schedule.stages,
@@ -384,6 +395,7 @@ class FDGRunner:
             "accumulate": self._rule.accumulate,
             "clip_norm": self._rule.clip_norm,
             "clip_value": self._rule.clip_value,
+            "every": every,
         }
 
     def _cut_as_in(self, checkpoint: Checkpoint) -> None:

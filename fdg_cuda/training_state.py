@@ -7,6 +7,7 @@ of generators, ``losses`` of all batches so far. The rest is plain JSON values.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -23,6 +24,10 @@ from fdg_cuda.optim import DelayedOptimizer
 from fdg_cuda.plain import from_plain, to_plain
 from fdg_cuda.random_states import RandomStates
 from fdg_cuda.stage import Stage
+
+logger = logging.getLogger("fdg_cuda")
+
+MOST_NAMED = 5  # parameters in one message
 
 Tensors = dict[str, Tensor]
 
@@ -59,6 +64,8 @@ class TrainingState:
         self._parts = parts
         self._epoch_start: tuple[RandomStates, Any] | None = None
         self._to_restore: RandomStates | None = None
+        # Hyper-parameters as the first `fit` of the run found them.
+        self._began_with = _plain_groups(parts.optimizer)
 
     # -- the data's order -----------------------------------------------------------------------
 
@@ -141,6 +148,8 @@ class TrainingState:
                 if not isinstance(value, Tensor)
             },
             "param_groups": _plain_groups(parts.optimizer),
+            "began_with": self._began_with,
+            "group_of": parts.optimizer.names_and_groups(parts.model),
             "lr_scheduler": None
             if scheduler is None
             else {
@@ -185,6 +194,8 @@ class TrainingState:
         parts = self._parts
         _check_same(state["recipe"], self._recipe())
         self._check_kinds(state)
+        _check_dtypes(tensors, parts.model)
+        _check_groups(state["group_of"], parts.optimizer.names_and_groups(parts.model))
         weights: dict[str, Any] = _under("model.", tensors)
         weights.update({key: from_plain(value) for key, value in state["model_extra"].items()})
         try:
@@ -199,7 +210,7 @@ class TrainingState:
             stage.load_optimizer_state(self._optimizer_state(stage, tensors, state["optimizer"]))
             own = _under(f"random.stage{stage.index}.", tensors)
             stage.set_random_state(tuple(own[str(number)] for number in range(len(own))))
-        _load_groups(parts.optimizer, state["param_groups"])
+        self._load_groups(state["param_groups"], state["began_with"])
         if parts.loss_scale is not None:  # the precision, and with it this, is the recipe's
             parts.loss_scale.load_state_dict(state["loss_scale"])
         if parts.lr_scheduler is not None:
@@ -221,6 +232,40 @@ class TrainingState:
         else:
             now.restore()
         return epoch
+
+    def _load_groups(
+        self, kept: Sequence[dict[str, Any]], began_with: Sequence[dict[str, Any]]
+    ) -> None:
+        """Take the checkpoint's hyper-parameters, as torch does. Whoever gave others hears of it: those
+        that neither the run began with nor are in force in the checkpoint."""
+        groups = self._parts.optimizer.param_groups
+        if len(kept) != len(groups):
+            raise CheckpointError(
+                f"it was written with {len(kept)} parameter groups, but this runner has "
+                f"{len(groups)}; make it with the same ones"
+            )
+        given, self._began_with = self._began_with, list(began_with)
+        overruled = [
+            f"{name} of parameter group {number} is {values[name]!r}, not {mine[name]!r}"
+            for number, (values, first, mine) in enumerate(
+                zip(kept, began_with, given, strict=True)
+            )
+            for name in mine
+            if name in values and mine[name] not in (values[name], first.get(name))
+        ]
+        if overruled:
+            logger.warning(
+                "training goes on with the checkpoint's hyper-parameters, not with those given now: %s. "
+                "To change one, set it in runner.optimizer.param_groups in on_fit_start of a callback",
+                "; ".join(overruled),
+            )
+        for group, values in zip(groups, kept, strict=True):
+            for name, value in values.items():
+                present = group.get(name)
+                if isinstance(present, Tensor):
+                    present.fill_(value)
+                else:
+                    group[name] = from_plain(value)
 
     def _optimizer_state(
         self, stage: Stage, tensors: Tensors, kept: dict[str, Any]
@@ -284,19 +329,30 @@ def _plain_groups(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
     ]
 
 
-def _load_groups(optimizer: torch.optim.Optimizer, kept: Sequence[dict[str, Any]]) -> None:
-    if len(kept) != len(optimizer.param_groups):
-        raise CheckpointError(
-            f"it was written with {len(kept)} parameter groups, but this runner has "
-            f"{len(optimizer.param_groups)}; make it with the same ones"
-        )
-    for group, values in zip(optimizer.param_groups, kept, strict=True):
-        for name, value in values.items():
-            present = group.get(name)
-            if isinstance(present, Tensor):
-                present.fill_(value)
-            else:
-                group[name] = from_plain(value)
+def _check_dtypes(tensors: Tensors, model: nn.Module) -> None:
+    """torch would convert them without a word."""
+    entries = {f"model.{key}": value for key, value in model.state_dict().items()}
+    entries.update({f"buffer.{name}": buffer for name, buffer in _hidden_buffers(model).items()})
+    for key, value in entries.items():
+        theirs = tensors.get(key)
+        if isinstance(value, Tensor) and theirs is not None and theirs.dtype != value.dtype:
+            raise CheckpointError(
+                f"{key.split('.', 1)[1]} was {theirs.dtype} and is {value.dtype} now; convert the model "
+                f"to what it was (model.float(), model.double())"
+            )
+
+
+def _check_groups(theirs: Mapping[str, int], ours: Mapping[str, int]) -> None:
+    """Of the parameters that both know: one that was frozen when a runner was made may be unknown."""
+    different = [
+        f"{name} was in parameter group {theirs[name]} and is in {ours[name]} now"
+        for name in theirs
+        if name in ours and theirs[name] != ours[name]
+    ]
+    if different:
+        shown = "; ".join(different[:MOST_NAMED])
+        more = "; ..." if len(different) > MOST_NAMED else ""
+        raise CheckpointError(f"{shown}{more}. Divide the parameters as they were (param_groups)")
 
 
 def _check_same(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:

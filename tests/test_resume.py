@@ -84,6 +84,7 @@ def a_run(
     lr_step: str = "epoch",
     model: Callable[[], nn.Sequential] = mlp,
     counting: Counting | None = None,
+    every: int = EVERY,
     **options: Any,
 ) -> tuple[FDGRunner, History]:
     """What a script does from its first line on."""
@@ -92,7 +93,7 @@ def a_run(
     random.seed(3)
     chain = model()
     if "optimizer" not in options:
-        options["lr"] = 0.05
+        options.setdefault("lr", 0.05)
     runner = FDGRunner(chain, ["cpu"] * stages, split=even_split(len(chain), stages), **options)
     scheduler = None if make_scheduler is None else make_scheduler(runner.optimizer)
     history = runner.fit(
@@ -101,7 +102,7 @@ def a_run(
         lr_scheduler=scheduler,
         lr_step=lr_step,
         callbacks=[counting or Counting(), Crash(crash)],
-        checkpoints=Checkpoints(folder, every=EVERY, resume=resume),
+        checkpoints=Checkpoints(folder, every=every, resume=resume),
     )
     return runner, history
 
@@ -179,7 +180,10 @@ def test_crash_after_crash(tmp_path: Path) -> None:
     ],
 )
 def test_schedulers_go_on(
-    tmp_path: Path, make_scheduler: Callable[[Any], Any], lr_step: str
+    tmp_path: Path,
+    make_scheduler: Callable[[Any], Any],
+    lr_step: str,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     options = {"make_scheduler": make_scheduler, "lr_step": lr_step}
     expected = everything(*a_run(tmp_path / "unbroken", **options))
@@ -188,6 +192,7 @@ def test_schedulers_go_on(
             a_run(tmp_path / str(crash), crash=crash, **options)
         resumed = a_run(tmp_path / str(crash), resume=True, **options)
         assert same_bits(everything(*resumed), expected)
+    assert "hyper-parameters" not in caplog.text  # the schedule moved them, nobody gave others
 
 
 @pytest.mark.parametrize(
@@ -282,6 +287,12 @@ def test_overwriting(tmp_path: Path) -> None:
         ({"stages": 3}, "stages was 2 and is 3 now"),
         ({"method": "ddg"}, "method was 'fdg' and is 'ddg' now"),
         ({"model": lambda: mlp(batch_norm=False)}, "another model"),
+        ({"model": lambda: mlp().float()}, r"0.weight was torch.float64 and is torch.float32 now"),
+        ({"every": 4}, "every was 3 and is 4 now"),
+        (
+            {"param_groups": {"*.bias": {"weight_decay": 0.0}}},
+            "0.bias was in parameter group 0 and is in 1 now.*param_groups",
+        ),
         (
             {"make_scheduler": lambda o: torch.optim.lr_scheduler.StepLR(o, 1)},
             "lr_scheduler None, but this fit has StepLR",
@@ -295,6 +306,58 @@ def test_another_kind_of_run_is_refused(
         a_run(tmp_path, crash=9)
     with pytest.raises(CheckpointError, match=rf"checkpoint-0000000\d\d.*{message}"):
         a_run(tmp_path, resume=True, **options)
+
+
+@pytest.mark.parametrize("patterns", [("*.bias", "*.weight"), ("0.*", "0.weight")])
+def test_parameters_in_other_groups_are_refused(tmp_path: Path, patterns: tuple[str, str]) -> None:
+    """As many groups with the same numbers, of other parameters."""
+    before, now = ({"param_groups": {pattern: {"lr": 0.5}}} for pattern in patterns)
+    with pytest.raises(CrashError):
+        a_run(tmp_path, crash=9, **before)
+    with pytest.raises(CheckpointError, match=r"0.bias was in parameter group 1 and is in 0 now"):
+        a_run(tmp_path, resume=True, **now)
+
+
+@pytest.mark.parametrize("made_by", ["arguments", "factory"])
+def test_hyper_parameters_given_anew_are_the_checkpoints_and_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, made_by: str
+) -> None:
+    def given(lr: float) -> dict[str, Any]:
+        if made_by == "arguments":
+            return {"lr": lr}
+        return {"optimizer": lambda params: torch.optim.Adam(params, lr=torch.tensor(lr))}
+
+    expected = everything(*a_run(tmp_path / "unbroken", **given(0.5)))
+    with pytest.raises(CrashError):
+        a_run(tmp_path / "run", crash=9, **given(0.5))
+    with pytest.raises(CrashError):
+        a_run(tmp_path / "run", crash=5, resume=True, **given(0.25))
+    (said,) = (r.getMessage() for r in caplog.records if "hyper-parameters" in r.getMessage())
+    assert "lr of parameter group 0 is 0.5, not 0.25." in said
+    caplog.clear()
+    resumed = a_run(tmp_path / "run", resume=True, **given(0.5))
+    assert same_bits(everything(*resumed), expected)
+    assert "hyper-parameters" not in caplog.text
+
+
+def test_a_hyper_parameter_can_be_changed_when_training_goes_on(tmp_path: Path) -> None:
+    class Changed(Callback):
+        rates: list[float]
+
+        def on_fit_start(self, start: Any) -> None:
+            self.rates = []
+            if start.epoch:
+                runner.optimizer.param_groups[0]["lr"] = 0.25
+
+        def on_batch_end(self, result: BatchResult) -> None:
+            self.rates.append(*result.learning_rates)
+
+    changed = Changed()
+    for epochs, resume in ((1, False), (2, True)):
+        runner = FDGRunner(mlp(), ["cpu"], lr=0.5)
+        checkpoints = Checkpoints(tmp_path, resume=resume)
+        runner.fit(batches(2), epochs, callbacks=[changed], checkpoints=checkpoints)
+        assert changed.rates == [0.25 if resume else 0.5] * 2
 
 
 def test_a_loader_that_ends_early_is_refused(tmp_path: Path) -> None:
