@@ -193,13 +193,8 @@ class DelayedTorch(DelayedOptimizer):
         return [[0.0] * FIRST_SHRINK + [beta**n for n in shrinks] for beta in betas]
 
     def values(self) -> list[dict[str, Any]]:
-        # Schedulers change some values in place.
         return [
-            {
-                name: value.clone() if isinstance(value, Tensor) else value
-                for name, value in group.items()
-                if name != "params"
-            }
+            {name: _own(value) for name, value in group.items() if name != "params"}
             for group in self.param_groups
         ]
 
@@ -243,6 +238,18 @@ def make_optimizer(
 
 class Default(float):
     """A default that can be told from the same number given."""
+
+
+def _own(value: Any) -> Any:
+    """``value`` as it is now: schedulers change tensors in place.
+
+    One on a CUDA device becomes a number. Nothing orders a copy, made on the caller's stream, before
+    the update on a stage's; and stages with a torch optimizer are never captured, so that a number is
+    read anew for each update.
+    """
+    if not isinstance(value, Tensor):
+        return value
+    return value.item() if value.is_cuda else value.clone()
 
 
 def _plain(number: float) -> float:

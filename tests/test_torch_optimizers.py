@@ -183,6 +183,30 @@ def test_schedules_of_several_values_and_rates_that_are_tensors(tensor_lr: bool)
     assert largest_difference(model.state_dict(), plain.state_dict()) == 0
 
 
+class OnDevice(Tensor):
+    """Says it is on a CUDA device."""
+
+    is_cuda = True
+
+
+def test_rates_on_a_cuda_device_reach_the_stages_as_numbers() -> None:
+    """A copy would be made on the caller's stream, and read on the stage's without a wait."""
+    rates: list[Any] = []
+
+    class Seen(torch.optim.SGD):
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            rates.append(self.param_groups[0]["lr"])
+
+    def make(params: list[Any]) -> torch.optim.Optimizer:
+        return Seen(params, lr=torch.tensor(0.5).as_subclass(OnDevice))
+
+    runner = FDGRunner(mlp(), ["cpu"], optimizer=make)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(runner.optimizer, 0.5)
+    runner.fit(batches(3), lr_scheduler=schedule, lr_step="batch")
+    assert rates == [0.5, 0.25, 0.125]
+    assert {type(rate) for rate in rates} == {float}
+
+
 def test_the_face_has_the_factorys_groups_over_the_models_parameters() -> None:
     model = mlp()
     runner = FDGRunner(
