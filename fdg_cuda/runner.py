@@ -292,7 +292,8 @@ class FDGRunner:
         Raises:
             NonFiniteLossError: a loss became NaN or infinite; the model holds the weights with which
                 that epoch began.
-            TypeError, ValueError: a scheduler that cannot be stepped here.
+            TypeError, ValueError: a scheduler that cannot be stepped here; a setting or a state that
+                a checkpoint cannot hold, before the first batch.
             KeyboardInterrupt: on Ctrl-C, within two ticks; every stage holds its newest weights,
                 and stages may differ by the updates that were under way.
             TrainingStopped: with ``checkpoints``, on Ctrl-C or SIGTERM, after a checkpoint was
