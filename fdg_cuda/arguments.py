@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import operator
+from typing import SupportsIndex
+
 import torch
 
 from fdg_cuda.backward_weights import BackwardWeights
@@ -25,11 +28,17 @@ def check_stages(backward_weights: str, layers: int, devices: int) -> None:
         )
 
 
-def check_fit(epochs: int, lr_step: str) -> None:
-    """Raises:
-    ValueError: an argument of ``fit`` that cannot be.
-    RuntimeError: torch is in a mode in which stages cannot train.
+def check_fit(epochs: SupportsIndex, lr_step: str) -> int:
+    """How many epochs, as a plain number, whichever library's it is.
+
+    Raises:
+        TypeError, ValueError: an argument of ``fit`` that cannot be.
+        RuntimeError: torch is in a mode in which stages cannot train.
     """
+    try:
+        epochs = operator.index(epochs)
+    except TypeError:
+        raise TypeError(f"epochs must be a whole number; got {epochs!r}") from None
     if epochs < 0:
         raise ValueError(f"epochs must be 0 or more; got {epochs}")
     if lr_step not in ("epoch", "batch"):
@@ -41,3 +50,4 @@ def check_fit(epochs: int, lr_step: str) -> None:
             "torch.autocast around fit does not reach the stages, which have settings of their own; "
             "give FDGRunner(..., precision='bfloat16') or 'float16' instead"
         )
+    return epochs

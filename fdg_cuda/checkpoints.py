@@ -29,9 +29,11 @@ class Checkpoints:
     Attributes:
         folder: made if it is not there.
         every: also after so many batches of an epoch. The pipeline drains there, which costs
-            2(K-1) ticks and is part of the arithmetic: another ``every`` gives other weights.
+            2(K-1) ticks and is part of the arithmetic: another ``every`` gives other weights, and is
+            refused where training goes on.
         keep: how many are kept, besides the best.
         resume: go on from the newest good checkpoint in ``folder``; start anew if there is none.
+            Hyper-parameters are the checkpoint's; a warning names those that were given otherwise.
         overwrite: without ``resume``: delete the checkpoints of an unfinished run, which is refused
             otherwise. Those of a finished run are replaced.
         metric: of a finished epoch, the higher the better, called behind the callbacks; default:

@@ -122,6 +122,8 @@ class Fit:
                     self._epoch = self._saver.apply(self._goes_on_from)
                     self._goes_on_from = None
                 self._tell("on_fit_start", self._start())
+                if self._state is not None:
+                    self._state.check()
                 while self._epoch.number < self._epochs and not self._stopping():
                     self._train_epoch(pipeline)
                 if interrupts.stop_signal is not None:

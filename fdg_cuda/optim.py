@@ -74,6 +74,15 @@ class DelayedOptimizer(torch.optim.Optimizer, ABC):
         """The number of each parameter's group."""
         return [self._group_of[parameter] for parameter in parameters]
 
+    def names_and_groups(self, model: nn.Module) -> dict[str, int]:
+        """Of each parameter of ``model`` the number of its group; but where the factory divides them
+        itself, only of those that were trainable when this was made."""
+        named = dict(model.named_parameters())
+        if self.groups.given:
+            return {name: self.groups.of(name, parameter) for name, parameter in named.items()}
+        numbers = {id(p): n for n, group in enumerate(self.param_groups) for p in group["params"]}
+        return {name: numbers[id(p)] for name, p in named.items() if id(p) in numbers}
+
     @abstractmethod
     def hyper_row(self, shrinks: Sequence[int]) -> list[list[float]]:
         """Per group ``[lr, momentum, weight_decay, nesterov, beta**n for n in shrinks]`` in force now,
@@ -184,13 +193,8 @@ class DelayedTorch(DelayedOptimizer):
         return [[0.0] * FIRST_SHRINK + [beta**n for n in shrinks] for beta in betas]
 
     def values(self) -> list[dict[str, Any]]:
-        # Schedulers change some values in place.
         return [
-            {
-                name: value.clone() if isinstance(value, Tensor) else value
-                for name, value in group.items()
-                if name != "params"
-            }
+            {name: _own(value) for name, value in group.items() if name != "params"}
             for group in self.param_groups
         ]
 
@@ -234,6 +238,18 @@ def make_optimizer(
 
 class Default(float):
     """A default that can be told from the same number given."""
+
+
+def _own(value: Any) -> Any:
+    """``value`` as it is now: schedulers change tensors in place.
+
+    One on a CUDA device becomes a number. Nothing orders a copy, made on the caller's stream, before
+    the update on a stage's; and stages with a torch optimizer are never captured, so that a number is
+    read anew for each update.
+    """
+    if not isinstance(value, Tensor):
+        return value
+    return value.item() if value.is_cuda else value.clone()
 
 
 def _plain(number: float) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 TAG = "__fdg_cuda__"  # of the dictionaries that stand for what JSON has no word for
@@ -14,7 +15,7 @@ def to_plain(value: Any, where: str) -> Any:
     """``value`` as numbers, strings, booleans, None, lists and dictionaries with string keys.
 
     Tuples, counters, and dictionaries with numbers as keys are kept apart from lists and plain
-    dictionaries; tensors with one element become numbers.
+    dictionaries; numbers of numpy and tensors with one element become plain ones.
 
     Raises:
         TypeError: something else, named with its place: ``where`` and the keys below.
@@ -22,12 +23,14 @@ def to_plain(value: Any, where: str) -> Any:
     if value is None or isinstance(value, bool):
         return value
     for plain in (int, float):
-        if isinstance(value, plain):  # numpy's numbers and others that are derived from it are not
+        if isinstance(value, plain):  # some that are derived from it are not, Default say
             return plain(value)
     if isinstance(value, str):
         return str.__str__(value)
     if isinstance(value, Tensor) and value.numel() == 1:
         return value.item()
+    if isinstance(value, np.generic) and not isinstance(value.item(), np.generic):
+        return to_plain(value.item(), where)
     if isinstance(value, (list, tuple)):
         items = [to_plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
         return items if isinstance(value, list) else {TAG: "tuple", "items": items}

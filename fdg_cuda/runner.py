@@ -294,7 +294,8 @@ class FDGRunner:
         Raises:
             NonFiniteLossError: a loss became NaN or infinite; the model holds the weights with which
                 that epoch began.
-            TypeError, ValueError: a scheduler that cannot be stepped here.
+            TypeError, ValueError: a scheduler that cannot be stepped here; a setting or a state that
+                a checkpoint cannot hold, before the first batch.
             KeyboardInterrupt: on Ctrl-C, within two ticks; every stage holds its newest weights,
                 and stages may differ by the updates that were under way.
             TrainingStopped: with ``checkpoints``, on Ctrl-C or SIGTERM, after a checkpoint was
@@ -304,7 +305,7 @@ class FDGRunner:
                 ``fit`` can be called again.
         """
         self._refuse_while_running("fit")
-        check_fit(epochs, lr_step)
+        epochs = check_fit(epochs, lr_step)
         self._check_model()
         check_scheduler(lr_scheduler, self.optimizer)
         listeners = [FunctionCallback(on_batch, on_epoch), *check_callbacks(callbacks)]
@@ -317,8 +318,10 @@ class FDGRunner:
             self._model.train()
         state = saver = goes_on_from = None
         if checkpoints is not None:
-            state = self._state(loader, lr_scheduler, listeners, history)
-            saver = Saver(as_checkpoints(checkpoints), state, epochs)
+            settings = as_checkpoints(checkpoints)
+            recipe = partial(self._recipe, settings.every)
+            state = self._state(recipe, loader, lr_scheduler, listeners, history)
+            saver = Saver(settings, state, epochs)
             goes_on_from = saver.begin()
             if goes_on_from is not None and not self._stages:
                 self._cut_as_in(goes_on_from)
@@ -358,11 +361,16 @@ class FDGRunner:
             fit.stop()
 
     def _state(
-        self, loader: Loader, lr_scheduler: Any, callbacks: Sequence[Callback], history: History
+        self,
+        recipe: Callable[[], dict[str, Any]],
+        loader: Loader,
+        lr_scheduler: Any,
+        callbacks: Sequence[Callback],
+        history: History,
     ) -> TrainingState:
         return TrainingState(
             Parts(
-                recipe=self._recipe,
+                recipe=recipe,
                 model=self._model,
                 stages=lambda: self._stages,
                 optimizer=self.optimizer,
@@ -374,8 +382,12 @@ class FDGRunner:
             )
         )
 
-    def _recipe(self) -> dict[str, Any]:
-        """What must be the same where training goes on from a checkpoint."""
+    def _recipe(self, every: int | None) -> dict[str, Any]:
+        """What must be the same where training goes on from a checkpoint.
+
+        Args:
+            every: batches between two drains.
+        """
         return {
             "method": self._schedule.method,
             "stages": self._schedule.stages,
@@ -386,6 +398,7 @@ class FDGRunner:
             "accumulate": self._rule.accumulate,
             "clip_norm": self._rule.clip_norm,
             "clip_value": self._rule.clip_value,
+            "every": every,
         }
 
     def _cut_as_in(self, checkpoint: Checkpoint) -> None:

@@ -14,6 +14,7 @@ from fdg_cuda.flat import FlatMemory
 from fdg_cuda.gradients import Ready
 
 MOMENTUM = "momentum_buffer"  # torch.optim.SGD's name
+STEP = "step"  # which torch's optimizers choose the dtype and device of by their own settings
 
 State = Mapping[str, Any]  # of one parameter: tensors and plain values, by name
 
@@ -98,6 +99,8 @@ class TorchOptimizer(StageOptimizer):
         super().__init__(memory)
         self._parameters = list(parameters)
         self._optimizer = optimizer
+        # Some make their state when they are made (Adagrad), and never again.
+        self._initial = self.snapshot()
 
     @property
     def groups(self) -> list[int]:
@@ -147,8 +150,42 @@ class TorchOptimizer(StageOptimizer):
         return [known.get(p, {}) for p in self._parameters]
 
     def load(self, states: Sequence[State]) -> None:
-        of = {id(p): copied(s) for p, s in zip(self._parameters, states, strict=True) if s}
+        of = {
+            id(parameter): {name: _laid_out(value, parameter) for name, value in known.items()}
+            for parameter, state, initial in zip(
+                self._parameters, states, self._initial, strict=True
+            )
+            if (known := copied(state or initial))
+        }
+        if not of:
+            for parameter in self._parameters:
+                self._optimizer.state.pop(parameter, None)
+            return
         packed = self._optimizer.state_dict()
         in_order = (p for group in self._optimizer.param_groups for p in group["params"])
         packed["state"] = {n: of[id(p)] for n, p in enumerate(in_order) if id(p) in of}
         self._optimizer.load_state_dict(packed)
+        for parameter in self._parameters:
+            self._keep_dtypes(self._optimizer.state[parameter], of.get(id(parameter), {}))
+
+    @staticmethod
+    def _keep_dtypes(loaded: dict[str, Any], state: State) -> None:
+        """torch makes everything of the parameter's dtype, NAdam's running product too."""
+        for name, value in state.items():
+            now = loaded.get(name)
+            if name == STEP or not (isinstance(value, Tensor) and isinstance(now, Tensor)):
+                continue
+            if now.dtype != value.dtype:
+                loaded[name] = value.to(now.device)
+
+
+def _laid_out(value: Any, parameter: Tensor) -> Any:
+    """A tensor of the parameter's shape in its strides, which a file does not keep; anything else as
+    it is."""
+    if (
+        not isinstance(value, Tensor)
+        or value.shape != parameter.shape
+        or value.stride() == parameter.stride()
+    ):
+        return value
+    return torch.empty_like(parameter, dtype=value.dtype, device=value.device).copy_(value)

@@ -72,7 +72,9 @@ class StageUpdates:
         parameters = self._memory.parameters
         if self._optimizer is None:
             self._optimizer = self._make_optimizer(hyper.optimizer)
-            self._optimizer.load(self._kept.of(parameters))
+            kept = self._kept.of(parameters)
+            if any(kept):
+                self._optimizer.load(kept)
         if isinstance(self._optimizer, TorchOptimizer):
             groups = self._optimizer.groups
         else:

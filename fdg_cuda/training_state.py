@@ -7,6 +7,7 @@ of generators, ``losses`` of all batches so far. The rest is plain JSON values.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -23,6 +24,10 @@ from fdg_cuda.optim import DelayedOptimizer
 from fdg_cuda.plain import from_plain, to_plain
 from fdg_cuda.random_states import RandomStates
 from fdg_cuda.stage import Stage
+
+logger = logging.getLogger("fdg_cuda")
+
+MOST_NAMED = 5  # parameters in one message
 
 Tensors = dict[str, Tensor]
 
@@ -59,6 +64,8 @@ class TrainingState:
         self._parts = parts
         self._epoch_start: tuple[RandomStates, Any] | None = None
         self._to_restore: RandomStates | None = None
+        # Hyper-parameters as the first `fit` of the run found them.
+        self._began_with = _plain_groups(parts.optimizer)
 
     # -- the data's order -----------------------------------------------------------------------
 
@@ -74,6 +81,15 @@ class TrainingState:
 
     # -- collecting -----------------------------------------------------------------------------
 
+    def check(self) -> None:
+        """Before the first batch: what the caller gave can be kept. (The loader's own state is looked
+        at where its iterator is made; asking for it may move it.)
+
+        Raises:
+            TypeError: the state of a scheduler or callback, or a setting, holds what a file cannot.
+        """
+        self._given()
+
     def collect(self, epoch: RunningEpoch, epochs: int) -> tuple[Tensors, dict[str, Any]]:
         """The state with ``epoch`` under way, or about to begin, out of ``epochs``.
 
@@ -81,13 +97,11 @@ class TrainingState:
             TypeError: the state of a scheduler, loader or callback holds what a file cannot.
         """
         parts = self._parts
-        tensors: Tensors = {}
-        extra: dict[str, Any] = {}
-        for key, value in parts.model.state_dict().items():
-            if isinstance(value, Tensor):
-                tensors[f"model.{key}"] = value.detach()
-            else:
-                extra[key] = to_plain(value, f"the model's state {key!r}")
+        tensors: Tensors = {
+            f"model.{key}": value.detach()
+            for key, value in parts.model.state_dict().items()
+            if isinstance(value, Tensor)
+        }
         tensors.update({f"buffer.{n}": b for n, b in _hidden_buffers(parts.model).items()})
         names = _parameter_names(parts.model)
         kept: dict[str, list[str]] = {}
@@ -110,25 +124,38 @@ class TrainingState:
             states, loader = self._epoch_start
             self._add_random(tensors, "epoch", states)
         tensors["losses"] = torch.tensor(parts.history.batch_losses, dtype=torch.float64)
-        scheduler = parts.lr_scheduler
         state = {
-            "recipe": dict(parts.recipe()),
+            **self._given(),
             "epochs": epochs,
             "epoch": epoch.number,
             "finished": epoch.number >= epochs,
             "running_epoch": epoch.state_dict(),
             "history": [to_plain(asdict(result), "history") for result in parts.history.epochs],
-            "model_extra": extra,
             "optimizer": {"keys": kept, "values": plain_values},
             "loss_scale": None if parts.loss_scale is None else parts.loss_scale.state_dict(),
+            "loader": loader,
+        }
+        return tensors, state
+
+    def _given(self) -> dict[str, Any]:
+        """What the caller gave, as it is now."""
+        parts, scheduler = self._parts, self._parts.lr_scheduler
+        return {
+            "recipe": self._recipe(),
+            "model_extra": {
+                key: to_plain(value, f"the model's state {key!r}")
+                for key, value in parts.model.state_dict().items()
+                if not isinstance(value, Tensor)
+            },
             "param_groups": _plain_groups(parts.optimizer),
+            "began_with": self._began_with,
+            "group_of": parts.optimizer.names_and_groups(parts.model),
             "lr_scheduler": None
             if scheduler is None
             else {
                 "kind": type(scheduler).__name__,
                 "state": to_plain(scheduler.state_dict(), "the state of lr_scheduler"),
             },
-            "loader": loader,
             "callbacks": [
                 {
                     "kind": type(callback).__name__,
@@ -139,7 +166,9 @@ class TrainingState:
                 for callback in parts.callbacks
             ],
         }
-        return tensors, state
+
+    def _recipe(self) -> dict[str, Any]:
+        return {name: to_plain(value, name) for name, value in self._parts.recipe().items()}
 
     def _add_random(self, tensors: Tensors, when: str, states: RandomStates) -> None:
         tensors.update({f"random.{when}.{n}": t for n, t in states.to_tensors().items()})
@@ -163,8 +192,10 @@ class TrainingState:
             CheckpointError: the state belongs to a run of another kind.
         """
         parts = self._parts
-        _check_same(state["recipe"], parts.recipe())
+        _check_same(state["recipe"], self._recipe())
         self._check_kinds(state)
+        _check_dtypes(tensors, parts.model)
+        _check_groups(state["group_of"], parts.optimizer.names_and_groups(parts.model))
         weights: dict[str, Any] = _under("model.", tensors)
         weights.update({key: from_plain(value) for key, value in state["model_extra"].items()})
         try:
@@ -179,7 +210,7 @@ class TrainingState:
             stage.load_optimizer_state(self._optimizer_state(stage, tensors, state["optimizer"]))
             own = _under(f"random.stage{stage.index}.", tensors)
             stage.set_random_state(tuple(own[str(number)] for number in range(len(own))))
-        _load_groups(parts.optimizer, state["param_groups"])
+        self._load_groups(state["param_groups"], state["began_with"])
         if parts.loss_scale is not None:  # the precision, and with it this, is the recipe's
             parts.loss_scale.load_state_dict(state["loss_scale"])
         if parts.lr_scheduler is not None:
@@ -201,6 +232,40 @@ class TrainingState:
         else:
             now.restore()
         return epoch
+
+    def _load_groups(
+        self, kept: Sequence[dict[str, Any]], began_with: Sequence[dict[str, Any]]
+    ) -> None:
+        """Take the checkpoint's hyper-parameters, as torch does. Whoever gave others hears of it: those
+        that neither the run began with nor are in force in the checkpoint."""
+        groups = self._parts.optimizer.param_groups
+        if len(kept) != len(groups):
+            raise CheckpointError(
+                f"it was written with {len(kept)} parameter groups, but this runner has "
+                f"{len(groups)}; make it with the same ones"
+            )
+        given, self._began_with = self._began_with, list(began_with)
+        overruled = [
+            f"{name} of parameter group {number} is {values[name]!r}, not {mine[name]!r}"
+            for number, (values, first, mine) in enumerate(
+                zip(kept, began_with, given, strict=True)
+            )
+            for name in mine
+            if name in values and mine[name] not in (values[name], first.get(name))
+        ]
+        if overruled:
+            logger.warning(
+                "training goes on with the checkpoint's hyper-parameters, not with those given now: %s. "
+                "To change one, set it in runner.optimizer.param_groups in on_fit_start of a callback",
+                "; ".join(overruled),
+            )
+        for group, values in zip(groups, kept, strict=True):
+            for name, value in values.items():
+                present = group.get(name)
+                if isinstance(present, Tensor):
+                    present.fill_(value)
+                else:
+                    group[name] = from_plain(value)
 
     def _optimizer_state(
         self, stage: Stage, tensors: Tensors, kept: dict[str, Any]
@@ -264,19 +329,30 @@ def _plain_groups(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
     ]
 
 
-def _load_groups(optimizer: torch.optim.Optimizer, kept: Sequence[dict[str, Any]]) -> None:
-    if len(kept) != len(optimizer.param_groups):
-        raise CheckpointError(
-            f"it was written with {len(kept)} parameter groups, but this runner has "
-            f"{len(optimizer.param_groups)}; make it with the same ones"
-        )
-    for group, values in zip(optimizer.param_groups, kept, strict=True):
-        for name, value in values.items():
-            present = group.get(name)
-            if isinstance(present, Tensor):
-                present.fill_(value)
-            else:
-                group[name] = from_plain(value)
+def _check_dtypes(tensors: Tensors, model: nn.Module) -> None:
+    """torch would convert them without a word."""
+    entries = {f"model.{key}": value for key, value in model.state_dict().items()}
+    entries.update({f"buffer.{name}": buffer for name, buffer in _hidden_buffers(model).items()})
+    for key, value in entries.items():
+        theirs = tensors.get(key)
+        if isinstance(value, Tensor) and theirs is not None and theirs.dtype != value.dtype:
+            raise CheckpointError(
+                f"{key.split('.', 1)[1]} was {theirs.dtype} and is {value.dtype} now; convert the model "
+                f"to what it was (model.float(), model.double())"
+            )
+
+
+def _check_groups(theirs: Mapping[str, int], ours: Mapping[str, int]) -> None:
+    """Of the parameters that both know: one that was frozen when a runner was made may be unknown."""
+    different = [
+        f"{name} was in parameter group {theirs[name]} and is in {ours[name]} now"
+        for name in theirs
+        if name in ours and theirs[name] != ours[name]
+    ]
+    if different:
+        shown = "; ".join(different[:MOST_NAMED])
+        more = "; ..." if len(different) > MOST_NAMED else ""
+        raise CheckpointError(f"{shown}{more}. Divide the parameters as they were (param_groups)")
 
 
 def _check_same(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:

@@ -215,5 +215,7 @@ def test_other_arguments_out_of_range() -> None:
     runner = runner_of(chain(), split=[2])
     with refused(ValueError, "epochs", "-1"):
         runner.fit(batches(2), epochs=-1)
+    with refused(TypeError, "epochs", "1.5"):
+        runner.fit(batches(2), epochs=1.5)  # type: ignore[arg-type]
     with refused(ValueError, "lr_step", "'tick'"):
         runner.fit(batches(2), lr_step="tick")

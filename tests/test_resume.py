@@ -84,6 +84,7 @@ def a_run(
     lr_step: str = "epoch",
     model: Callable[[], nn.Sequential] = mlp,
     counting: Counting | None = None,
+    every: int = EVERY,
     **options: Any,
 ) -> tuple[FDGRunner, History]:
     """What a script does from its first line on."""
@@ -92,7 +93,7 @@ def a_run(
     random.seed(3)
     chain = model()
     if "optimizer" not in options:
-        options["lr"] = 0.05
+        options.setdefault("lr", 0.05)
     runner = FDGRunner(chain, ["cpu"] * stages, split=even_split(len(chain), stages), **options)
     scheduler = None if make_scheduler is None else make_scheduler(runner.optimizer)
     history = runner.fit(
@@ -101,7 +102,7 @@ def a_run(
         lr_scheduler=scheduler,
         lr_step=lr_step,
         callbacks=[counting or Counting(), Crash(crash)],
-        checkpoints=Checkpoints(folder, every=EVERY, resume=resume),
+        checkpoints=Checkpoints(folder, every=every, resume=resume),
     )
     return runner, history
 
@@ -141,6 +142,16 @@ def test_a_crash_at_any_batch_leaves_no_trace(
         assert same_bits(everything(*resumed), expected), f"crash behind batch {crash}"
 
 
+@pytest.mark.parametrize("make", [torch.optim.Adagrad, torch.optim.NAdam])
+def test_states_made_early_or_of_another_dtype_go_on(tmp_path: Path, make: Any) -> None:
+    options = {"optimizer": lambda params: make(params, lr=0.01)}
+    expected = everything(*a_run(tmp_path / "unbroken", **options))
+    with pytest.raises(CrashError):
+        a_run(tmp_path / "run", crash=12, **options)
+    resumed = a_run(tmp_path / "run", resume=True, **options)
+    assert same_bits(everything(*resumed), expected)
+
+
 def test_crash_after_crash(tmp_path: Path) -> None:
     expected = everything(*a_run(tmp_path / "unbroken"))
     for crash in (4, 2, 1, 6, 3):
@@ -169,7 +180,10 @@ def test_crash_after_crash(tmp_path: Path) -> None:
     ],
 )
 def test_schedulers_go_on(
-    tmp_path: Path, make_scheduler: Callable[[Any], Any], lr_step: str
+    tmp_path: Path,
+    make_scheduler: Callable[[Any], Any],
+    lr_step: str,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     options = {"make_scheduler": make_scheduler, "lr_step": lr_step}
     expected = everything(*a_run(tmp_path / "unbroken", **options))
@@ -178,6 +192,7 @@ def test_schedulers_go_on(
             a_run(tmp_path / str(crash), crash=crash, **options)
         resumed = a_run(tmp_path / str(crash), resume=True, **options)
         assert same_bits(everything(*resumed), expected)
+    assert "hyper-parameters" not in caplog.text  # the schedule moved them, nobody gave others
 
 
 @pytest.mark.parametrize(
@@ -272,6 +287,12 @@ def test_overwriting(tmp_path: Path) -> None:
         ({"stages": 3}, "stages was 2 and is 3 now"),
         ({"method": "ddg"}, "method was 'fdg' and is 'ddg' now"),
         ({"model": lambda: mlp(batch_norm=False)}, "another model"),
+        ({"model": lambda: mlp().float()}, r"0.weight was torch.float64 and is torch.float32 now"),
+        ({"every": 4}, "every was 3 and is 4 now"),
+        (
+            {"param_groups": {"*.bias": {"weight_decay": 0.0}}},
+            "0.bias was in parameter group 0 and is in 1 now.*param_groups",
+        ),
         (
             {"make_scheduler": lambda o: torch.optim.lr_scheduler.StepLR(o, 1)},
             "lr_scheduler None, but this fit has StepLR",
@@ -285,6 +306,58 @@ def test_another_kind_of_run_is_refused(
         a_run(tmp_path, crash=9)
     with pytest.raises(CheckpointError, match=rf"checkpoint-0000000\d\d.*{message}"):
         a_run(tmp_path, resume=True, **options)
+
+
+@pytest.mark.parametrize("patterns", [("*.bias", "*.weight"), ("0.*", "0.weight")])
+def test_parameters_in_other_groups_are_refused(tmp_path: Path, patterns: tuple[str, str]) -> None:
+    """As many groups with the same numbers, of other parameters."""
+    before, now = ({"param_groups": {pattern: {"lr": 0.5}}} for pattern in patterns)
+    with pytest.raises(CrashError):
+        a_run(tmp_path, crash=9, **before)
+    with pytest.raises(CheckpointError, match=r"0.bias was in parameter group 1 and is in 0 now"):
+        a_run(tmp_path, resume=True, **now)
+
+
+@pytest.mark.parametrize("made_by", ["arguments", "factory"])
+def test_hyper_parameters_given_anew_are_the_checkpoints_and_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, made_by: str
+) -> None:
+    def given(lr: float) -> dict[str, Any]:
+        if made_by == "arguments":
+            return {"lr": lr}
+        return {"optimizer": lambda params: torch.optim.Adam(params, lr=torch.tensor(lr))}
+
+    expected = everything(*a_run(tmp_path / "unbroken", **given(0.5)))
+    with pytest.raises(CrashError):
+        a_run(tmp_path / "run", crash=9, **given(0.5))
+    with pytest.raises(CrashError):
+        a_run(tmp_path / "run", crash=5, resume=True, **given(0.25))
+    (said,) = (r.getMessage() for r in caplog.records if "hyper-parameters" in r.getMessage())
+    assert "lr of parameter group 0 is 0.5, not 0.25." in said
+    caplog.clear()
+    resumed = a_run(tmp_path / "run", resume=True, **given(0.5))
+    assert same_bits(everything(*resumed), expected)
+    assert "hyper-parameters" not in caplog.text
+
+
+def test_a_hyper_parameter_can_be_changed_when_training_goes_on(tmp_path: Path) -> None:
+    class Changed(Callback):
+        rates: list[float]
+
+        def on_fit_start(self, start: Any) -> None:
+            self.rates = []
+            if start.epoch:
+                runner.optimizer.param_groups[0]["lr"] = 0.25
+
+        def on_batch_end(self, result: BatchResult) -> None:
+            self.rates.append(*result.learning_rates)
+
+    changed = Changed()
+    for epochs, resume in ((1, False), (2, True)):
+        runner = FDGRunner(mlp(), ["cpu"], lr=0.5)
+        checkpoints = Checkpoints(tmp_path, resume=resume)
+        runner.fit(batches(2), epochs, callbacks=[changed], checkpoints=checkpoints)
+        assert changed.rates == [0.25 if resume else 0.5] * 2
 
 
 def test_a_loader_that_ends_early_is_refused(tmp_path: Path) -> None:
@@ -310,17 +383,42 @@ def test_a_state_that_is_not_plain_is_refused(tmp_path: Path) -> None:
     runner = FDGRunner(mlp(), ["cpu"])
     with pytest.raises(TypeError, match=r"callback Unplain\['when'\]\['weights'\] is a Tensor"):
         runner.fit(batches(2), callbacks=[Unplain()], checkpoints=tmp_path)
+    assert runner.history is not None
+    assert runner.history.batch_losses == []  # it is known before the first batch
 
 
 def test_numbers_of_numpy_come_back(tmp_path: Path) -> None:
     """As a schedule that computes with numpy leaves them in the optimizer's groups."""
-    runner = FDGRunner(mlp(), ["cpu"], lr=np.float64(0.05))
-    runner.optimizer.param_groups[0]["momentum"] = np.float64(0.3)
-    runner.fit(batches(2), checkpoints=tmp_path)
-    again = FDGRunner(mlp(), ["cpu"])
-    again.fit(batches(2), checkpoints=Checkpoints(tmp_path, resume=True))
-    (group,) = again.optimizer.param_groups
-    assert (group["lr"], group["momentum"]) == (0.05, 0.3)
+
+    class Best(Callback):
+        best: Any = np.bool_(True)
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"best": self.best}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            self.best = state["best"]
+
+    def fit(epochs: Any, resume: bool, callback: Best) -> FDGRunner:
+        runner = FDGRunner(
+            mlp(),
+            ["cpu"] * 2,
+            split=[4],
+            lr=np.float32(0.5),  # type: ignore[arg-type]
+            clip_norm=np.float64(1),
+            weight_decay=np.int64(0),  # type: ignore[arg-type]
+        )
+        if not resume:
+            runner.optimizer.param_groups[0]["momentum"] = np.float64(0.3)
+        checkpoints = Checkpoints(tmp_path, resume=resume)
+        runner.fit(batches(2), epochs, callbacks=[callback], checkpoints=checkpoints)
+        return runner
+
+    fit(np.int64(1), False, Best())
+    callback = Best()
+    (group,) = fit(2, True, callback).optimizer.param_groups
+    assert (group["lr"], group["momentum"], group["weight_decay"]) == (0.5, 0.3, 0)
+    assert callback.best is True
 
 
 def test_a_full_disk_does_not_end_training(

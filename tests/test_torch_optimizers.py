@@ -10,7 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-from chains import batches, compare, cut, even_split, largest_difference, mlp, oracle
+from chains import (
+    batches,
+    compare,
+    convolutional,
+    cut,
+    even_split,
+    images,
+    largest_difference,
+    mlp,
+    oracle,
+)
 from refusals import refused
 from torch import Tensor, nn
 
@@ -34,6 +44,16 @@ def foreach_rmsprop(params: list[Any]) -> torch.optim.Optimizer:
     return torch.optim.RMSprop(params, lr=1e-3, momentum=0.5, foreach=True)
 
 
+def adagrad(params: list[Any]) -> torch.optim.Optimizer:
+    """Makes its state when it is made."""
+    return torch.optim.Adagrad(params, lr=0.05, initial_accumulator_value=0.1)
+
+
+def nadam(params: list[Any]) -> torch.optim.Optimizer:
+    """Its running product is float32, whatever the weights are. A larger eps, as above."""
+    return torch.optim.NAdam(params, lr=1e-2, eps=1e-6)
+
+
 def sgd(params: list[Any]) -> torch.optim.Optimizer:
     return torch.optim.SGD(params, lr=0.05, momentum=0.9, weight_decay=5e-4, nesterov=True)
 
@@ -51,7 +71,7 @@ class InPlace(torch.optim.Optimizer):
                 parameter.add_(parameter.grad.sign_(), alpha=-group["lr"])
 
 
-MAKERS: list[Make] = [adamw, fused_adam, foreach_rmsprop, InPlace]
+MAKERS: list[Make] = [adamw, fused_adam, foreach_rmsprop, adagrad, nadam, InPlace]
 
 
 @pytest.mark.parametrize("backward_weights", ["stash", "current"])
@@ -163,6 +183,30 @@ def test_schedules_of_several_values_and_rates_that_are_tensors(tensor_lr: bool)
     assert largest_difference(model.state_dict(), plain.state_dict()) == 0
 
 
+class OnDevice(Tensor):
+    """Says it is on a CUDA device."""
+
+    is_cuda = True
+
+
+def test_rates_on_a_cuda_device_reach_the_stages_as_numbers() -> None:
+    """A copy would be made on the caller's stream, and read on the stage's without a wait."""
+    rates: list[Any] = []
+
+    class Seen(torch.optim.SGD):
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            rates.append(self.param_groups[0]["lr"])
+
+    def make(params: list[Any]) -> torch.optim.Optimizer:
+        return Seen(params, lr=torch.tensor(0.5).as_subclass(OnDevice))
+
+    runner = FDGRunner(mlp(), ["cpu"], optimizer=make)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(runner.optimizer, 0.5)
+    runner.fit(batches(3), lr_scheduler=schedule, lr_step="batch")
+    assert rates == [0.5, 0.25, 0.125]
+    assert {type(rate) for rate in rates} == {float}
+
+
 def test_the_face_has_the_factorys_groups_over_the_models_parameters() -> None:
     model = mlp()
     runner = FDGRunner(
@@ -201,7 +245,71 @@ def test_state_survives_between_fits_and_changes_of_layout() -> None:
     assert float(runner.stages[0].optimizer_state()[frozen]["step"]) == 2 * len(data)
 
 
-@pytest.mark.parametrize("options", [{"optimizer": adamw}, {"lr": 0.05}], ids=["adamw", "fused"])
+@pytest.mark.parametrize("make", [adamw, adagrad])
+def test_a_parameter_thawed_later_begins_as_in_torch(make: Make) -> None:
+    model = mlp()
+    plain = copy.deepcopy(model)
+    runner = FDGRunner(model, ["cpu"], optimizer=make)
+    optimizer = make(list(plain.parameters()))
+    for frozen in (True, False):
+        for each in (model, plain):
+            each[2].weight.requires_grad_(not frozen)
+        runner.fit(batches())
+        for x, y in batches():
+            optimizer.zero_grad()
+            torch.autograd.backward(nn.functional.cross_entropy(plain(x), y))
+            optimizer.step()
+    assert largest_difference(model.state_dict(), plain.state_dict()) == 0
+
+
+def test_what_is_not_in_a_loaded_state_begins_as_in_a_new_optimizer() -> None:
+    used, new = (FDGRunner(mlp(), ["cpu"], optimizer=adagrad) for _ in range(2))
+    used.fit(batches())
+    new.load_state_dict(used.state_dict())
+    used.stages[0].load_optimizer_state({})
+    for each in (used, new):
+        each.fit(batches())
+    assert largest_difference(used.state_dict(), new.state_dict()) == 0
+
+
+@pytest.mark.parametrize("make", [adamw, nadam])
+def test_the_state_follows_weights_that_are_converted(make: Make) -> None:
+    data = batches()
+    model = mlp().float()
+    runner = FDGRunner(model, ["cpu"], optimizer=make)
+    runner.fit([(x.float(), y) for x, y in data])
+    before = runner.stages[0].optimizer_state()[model[0].weight]
+    model.double()
+    runner.fit(data[:1])
+    after = runner.stages[0].optimizer_state()[model[0].weight]
+    assert float(after["step"]) == len(data) + 1
+    assert before["exp_avg"].dtype == torch.float32
+    assert after["exp_avg"].dtype == torch.float64
+
+
+def test_a_state_from_a_file_lies_as_its_parameter() -> None:
+    """A file keeps no strides; torch's fast paths want those of the weights."""
+    model = convolutional()
+    runner = FDGRunner(model, ["cpu"], optimizer=adamw)
+    runner.fit(images(1, channels_last=True))
+    (stage,) = runner.stages
+    contiguous = {
+        p: {name: value.contiguous() for name, value in state.items()}
+        for p, state in stage.optimizer_state().items()
+    }
+    weight = model[0].weight
+    assert contiguous[weight]["exp_avg"].stride() != weight.stride()
+    stage.load_optimizer_state(contiguous)
+    state = stage.optimizer_state()[weight]
+    assert state["exp_avg"].stride() == state["exp_avg_sq"].stride() == weight.stride()
+    assert torch.equal(state["exp_avg"], contiguous[weight]["exp_avg"])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"optimizer": adamw}, {"optimizer": adagrad}, {"optimizer": nadam}, {"lr": 0.05}],
+    ids=["adamw", "adagrad", "nadam", "fused"],
+)
 @pytest.mark.parametrize("fitted", [False, True], ids=["new runner", "used runner"])
 def test_a_loaded_state_goes_on_bit_for_bit(options: dict[str, Any], fitted: bool) -> None:
     data = batches()
@@ -244,12 +352,13 @@ def test_states_that_cannot_be_loaded() -> None:
         stage.load_optimizer_state(adam.stages[0].optimizer_state())
 
 
-def test_after_a_loss_that_is_no_number_the_state_is_that_of_the_epochs_begin() -> None:
+@pytest.mark.parametrize("make", [adamw, adagrad, nadam])
+def test_after_a_loss_that_is_no_number_the_state_is_that_of_the_epochs_begin(make: Make) -> None:
     data = batches()
     spoiled = [*data[:6], (data[6][0] * float("nan"), data[6][1]), *data[7:]]
     model, plain = mlp(batch_norm=False), mlp(batch_norm=False)
-    runner = FDGRunner(model, ["cpu"] * 2, split=[4], optimizer=adamw)
-    other = FDGRunner(plain, ["cpu"] * 2, split=[4], optimizer=adamw)
+    runner = FDGRunner(model, ["cpu"] * 2, split=[4], optimizer=make)
+    other = FDGRunner(plain, ["cpu"] * 2, split=[4], optimizer=make)
     with pytest.raises(NonFiniteLossError):
         runner.fit(spoiled)
     for each in (runner, other):
