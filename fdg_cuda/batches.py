@@ -103,9 +103,10 @@ class Batches:
         self._begun = chain([item], iterator)
         return check_batch(item, 0)
 
-    def epoch(self, skip: int = 0) -> Iterator[Batch]:
+    def epoch(self, skip: int = 0, stopping: Callable[[], bool] = lambda: False) -> Iterator[Batch]:
         """The batches of the next epoch, without the first ``skip`` of them. A loader with
-        ``iter_from`` need not make those.
+        ``iter_from`` need not make those. Once ``stopping`` they are passed over no further, and what
+        is returned is not to be read.
 
         Raises:
             ValueError: the loader has less than ``skip``.
@@ -116,6 +117,8 @@ class Batches:
         iterator, self._begun = self._begin(skip), None
         self._epoch += 1
         for number in range(to_pass_over):
+            if stopping():
+                break
             if next(iterator, None) is None:
                 raise ValueError(
                     f"the loader yields {number} batches, but {skip} of the epoch were trained when "

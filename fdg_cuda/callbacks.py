@@ -46,7 +46,8 @@ class Callback:
         """Before the first batch is read."""
 
     def on_epoch_start(self, epoch: int) -> None:
-        """Before the first batch of ``epoch`` (0-based) is trained."""
+        """Before batches of ``epoch`` (0-based) are read; also of one that goes on in its middle from a
+        checkpoint, with the random states it had when it began. The place for ``set_epoch``."""
 
     def on_batch_end(self, result: BatchResult) -> None:
         """For each batch, in order, a few ticks after its loss is known: always just as many, so
@@ -56,7 +57,7 @@ class Callback:
         """Every stage has made its updates, and the model holds the finished weights."""
 
     def on_checkpoint(self, path: Path) -> None:
-        """A checkpoint was written."""
+        """A checkpoint was written. Random numbers drawn here leave no trace in training."""
 
     def on_exception(self, error: BaseException) -> None:
         """Training ends by ``error`` (Ctrl-C too), which goes on to the caller of ``fit``."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fdg_cuda.checkpoint import CheckpointFolder
 from fdg_cuda.checkpoint_file import Checkpoint
@@ -35,7 +36,8 @@ class Checkpoints:
         resume: go on from the newest good checkpoint in ``folder``; start anew if there is none.
             Hyper-parameters are the checkpoint's; a warning names those that were given otherwise.
         overwrite: without ``resume``: delete the checkpoints of an unfinished run, which is refused
-            otherwise. Those of a finished run are replaced.
+            otherwise. Those of a finished run are replaced. Either happens when the first batch of
+            the new run was trained.
         metric: of a finished epoch, the higher the better, called behind the callbacks; default:
             minus its training loss.
     """
@@ -82,13 +84,16 @@ class Saver:
     def __init__(self, settings: Checkpoints, state: TrainingState, epochs: int) -> None:
         self.every = settings.every
         self.newest: Path | None = None
+        self._newest_step: int | None = None
+        self._to_clear = False
+        self._found: Checkpoint | None = None
         self._settings = settings
         self._state = state
         self._epochs = epochs
         self._folder = CheckpointFolder(Path(settings.folder), keep=settings.keep)
 
-    def begin(self) -> Checkpoint | None:
-        """The checkpoint to go on from, which :meth:`apply` takes; None: training starts anew.
+    def begin(self) -> Mapping[str, Any] | None:
+        """The recipe of the checkpoint that :meth:`go_on` goes on from; None: training starts anew.
 
         Raises:
             CheckpointError: there are checkpoints, but none can be read, or they belong to an
@@ -96,7 +101,7 @@ class Saver:
         """
         settings = self._settings
         if settings.overwrite:
-            self._folder.clear()
+            self._to_clear = True
             return None
         found = self._folder.latest()
         if found is None:
@@ -105,41 +110,64 @@ class Saver:
             return None
         if settings.resume:
             logger.info("going on from %s", found.path)
-            return found
+            self._found = found
+            recipe: Mapping[str, Any] = found.state["recipe"]
+            return recipe
         if not found.state.get("finished"):
             raise CheckpointError(
                 f"{settings.folder} holds the checkpoints of an unfinished run ({found.path.name} is "
                 f"the newest). Go on with it (resume), delete them (overwrite), or choose another "
                 f"folder"
             )
-        self._folder.clear()
+        self._to_clear = True
         return None
 
-    def apply(self, checkpoint: Checkpoint) -> RunningEpoch:
-        """Go back to ``checkpoint``; returns the epoch to go on with.
+    def replace_old(self) -> None:
+        """Delete the checkpoints that this run replaces, now that it works; later calls do nothing.
+
+        Raises:
+            OSError: one cannot be removed.
+        """
+        if self._to_clear:
+            self._folder.clear()
+            self._to_clear = False
+
+    def go_on(self) -> RunningEpoch | None:
+        """Go back to the checkpoint that was found; returns the epoch to go on with. None: there is
+        nothing to go on from. Afterwards its tensors are no longer held.
 
         Raises:
             CheckpointError: it belongs to a run of another kind.
         """
+        checkpoint, self._found = self._found, None
+        if checkpoint is None:
+            return None
         try:
-            return self._state.apply(checkpoint.tensors, checkpoint.state)
+            epoch = self._state.apply(checkpoint.tensors, checkpoint.state)
         except CheckpointError as error:
             raise CheckpointError(f"{checkpoint.path} does not fit: {error}") from error
+        self.newest, self._newest_step = checkpoint.path, checkpoint.step
+        return epoch
 
     def save(self, epoch: RunningEpoch, result: EpochResult | None = None) -> Path | None:
         """Write a checkpoint with ``epoch`` under way, or about to begin behind ``result``; its path.
 
-        A disk that is full, or another OSError, does not end training: it is said, and the next
-        checkpoint is another try; None is returned.
+        None is returned if there is nothing to write that the newest one does not hold. A disk that
+        is full, or another OSError, does not end training either: it is said, and the next checkpoint
+        is another try.
 
         Raises:
             TypeError: see :meth:`TrainingState.collect`.
+            Exception: what the caller's ``metric`` raised.
         """
+        metric = self._metric(result)
         tensors, state = self._state.collect(epoch, self._epochs)
+        step = tensors["losses"].numel()
+        if result is None and step == self._newest_step:
+            return None
         try:
-            self.newest = self._folder.save(
-                tensors["losses"].numel(), tensors, state, metric=self._metric(result)
-            )
+            self.replace_old()
+            self.newest = self._folder.save(step, tensors, state, metric=metric)
         except OSError as error:
             logger.error(
                 "the checkpoint behind batch %d of epoch %d could not be written (%s); training goes "
@@ -149,6 +177,7 @@ class Saver:
                 error,
             )
             return None
+        self._newest_step = step
         return self.newest
 
     def _metric(self, result: EpochResult | None) -> float | None:

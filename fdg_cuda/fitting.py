@@ -11,7 +11,6 @@ from typing import Any
 
 from fdg_cuda.batches import Batch, Batches
 from fdg_cuda.callbacks import Callback, FitStart
-from fdg_cuda.checkpoint_file import Checkpoint
 from fdg_cuda.checkpoints import Saver
 from fdg_cuda.epoch import RunningEpoch
 from fdg_cuda.errors import (
@@ -46,7 +45,6 @@ class Fit:
         lr_scheduler: stepped after every batch that entered, or every epoch, as ``lr_step`` says.
         state: of this fit, where it is kept.
         saver: writes checkpoints; with one, signals stop the fit at a drained point.
-        goes_on_from: the checkpoint to go on from.
     """
 
     def __init__(
@@ -63,7 +61,6 @@ class Fit:
         lr_step: str = "epoch",
         state: TrainingState | None = None,
         saver: Saver | None = None,
-        goes_on_from: Checkpoint | None = None,
     ) -> None:
         self._make_pipeline = make_pipeline
         self._batches = batches
@@ -76,7 +73,6 @@ class Fit:
         self._step_epoch = lr_scheduler.step if lr_scheduler and lr_step == "epoch" else None
         self._state = state
         self._saver = saver
-        self._goes_on_from = goes_on_from
         self._epoch = RunningEpoch(0)
         # Batches between two drains; None: whole epochs.
         self._segment_batches = None if saver is None else saver.every
@@ -118,15 +114,14 @@ class Fit:
                 closing(self._batches),
                 self._make_pipeline(interrupts) as pipeline,
             ):
-                if self._saver is not None and self._goes_on_from is not None:
-                    self._epoch = self._saver.apply(self._goes_on_from)
-                    self._goes_on_from = None
+                if self._saver is not None:
+                    self._epoch = self._saver.go_on() or self._epoch
                 self._tell("on_fit_start", self._start())
                 if self._state is not None:
                     self._state.check()
                 while self._epoch.number < self._epochs and not self._stopping():
                     self._train_epoch(pipeline)
-                if interrupts.stop_signal is not None:
+                if interrupts.stop_signal is not None and self._epoch.number < self._epochs:
                     raise self._stopped(interrupts.stop_signal)
                 self._tell("on_fit_end", self._history)
         except BaseException as error:
@@ -152,10 +147,17 @@ class Fit:
 
     def _train_epoch(self, pipeline: Pipeline) -> None:
         epoch = self._epoch
-        if epoch.batches == 0:
-            self._tell("on_epoch_start", epoch.number)
+        if self._state is not None:
+            self._state.before_epoch()
+        self._tell("on_epoch_start", epoch.number)
         self._before_epoch()
+        began = time.perf_counter()
         batches = self._begin_reading(epoch)
+        waited = time.perf_counter() - began
+        epoch.spent += Spent(waited, waited)
+        if self._stopping():
+            self._save(epoch)
+            return
         if self._state is not None:
             self._state.after_passing_over()
         self._epoch_ended = False
@@ -171,6 +173,8 @@ class Fit:
         if self._step_epoch is not None:
             self._step_epoch()
         self._epoch, self._number = RunningEpoch(epoch.number + 1), 0
+        if self._state is not None:
+            self._state.after_epoch()
         self._tell("on_epoch_end", result)
         self._save(self._epoch, result)
 
@@ -178,7 +182,7 @@ class Fit:
         self._number = epoch.batches
         try:
             with self._where_it_reads(), self._interrupts.allowed():
-                return self._batches.epoch(epoch.batches)
+                return self._batches.epoch(epoch.batches, self._stopping)
         except Exception as error:
             if not self._stopped_with_us(error):
                 raise
@@ -201,6 +205,8 @@ class Fit:
             while reported < known:
                 loss, samples, correct = pipeline.results[reported]
                 reported += 1
+                if self._saver is not None:
+                    self._saver.replace_old()
                 self._history.batch_losses.append(loss)
                 rates = self._learning_rates.popleft()
                 result = epoch.add(loss, samples, correct, rates)
@@ -245,15 +251,17 @@ class Fit:
             yield batch
 
     def _tell(self, moment: str, *arguments: object) -> None:
-        self._interrupts.allow()
-        for callback in self._callbacks:
-            getattr(callback, moment)(*arguments)
-        self._interrupts.hold()
+        with self._interrupts.allowed():
+            for callback in self._callbacks:
+                getattr(callback, moment)(*arguments)
 
     def _save(self, epoch: RunningEpoch, result: EpochResult | None = None) -> None:
-        path = None if self._saver is None else self._saver.save(epoch, result)
+        if self._saver is None or self._state is None:
+            return
+        path = self._saver.save(epoch, result)
         if path is not None:
-            self._tell("on_checkpoint", path)
+            with self._state.unmoved():
+                self._tell("on_checkpoint", path)
 
 
 def _spent(pipeline: Pipeline, began: float) -> Spent:

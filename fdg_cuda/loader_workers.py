@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -54,6 +56,7 @@ class WorkerTeam:
             prefetch_factor=PREFETCH,
             pin_memory=pin_memory,
             persistent_workers=True,
+            worker_init_fn=_listen_to_parent_only,
             generator=torch.Generator(),  # or torch's own would move by a number
         )
         self._iterator: Any = None
@@ -61,7 +64,7 @@ class WorkerTeam:
     def run(self, places: Sequence[Place]) -> Iterator[Any]:
         """The batches of ``places``, in that order; once this is called they are being made."""
         self._places.now = places
-        with _ctrl_c_blocked():
+        with _stop_signals_blocked():
             self._iterator = iter(self._loader)
         return self._iterator  # type: ignore[no-any-return]
 
@@ -91,15 +94,32 @@ def end_workers_of(iterator: object) -> None:
         iterator._shutdown_workers()
 
 
-@contextmanager
-def _ctrl_c_blocked() -> Iterator[None]:
-    """A Ctrl-C waits until the end of the block, and never reaches processes started in it.
+# A Ctrl-C goes to all processes of a terminal, the SIGTERM of a service manager to all of a service.
+# But whether and when training stops is decided by the process that trains, which may want batches, or
+# a test, until then. Where a process cannot learn who sent a SIGTERM (macOS) it stays as it is: Python
+# must be able to end workers by one.
+KNOWS_SENDER = hasattr(signal, "sigwaitinfo")
+STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM} if KNOWS_SENDER else {signal.SIGINT}
 
-    It goes to all processes of a terminal; but whether it stops training, and when, is decided by the
-    one that trains, which may want batches until then.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+
+@contextmanager
+def _stop_signals_blocked() -> Iterator[None]:
+    """Stop signals wait until the end of the block, and never reach processes started in it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _listen_to_parent_only(worker: int) -> None:
+    """In a worker: a SIGTERM ends it only if its parent sent it, as Python does at its end."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    if KNOWS_SENDER:
+        threading.Thread(target=_wait_for_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _wait_for_parent(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)

@@ -258,7 +258,7 @@ class Pipeline(ABC):
         began = time.perf_counter()
         batch = next(batches, None)
         waited = time.perf_counter() - began
-        if waited > SHORTEST_WAIT and self._entered and self._scheduler.ticks_in_flight == 0:
+        if waited > SHORTEST_WAIT and self._scheduler.ticks_in_flight == 0:
             self.data_seconds += waited
         return batch
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -11,11 +12,12 @@ from torch import Tensor
 TAG = "__fdg_cuda__"  # of the dictionaries that stand for what JSON has no word for
 
 
-def to_plain(value: Any, where: str) -> Any:
+def to_plain(value: Any, where: str, tensors: dict[str, Tensor] | None = None) -> Any:
     """``value`` as numbers, strings, booleans, None, lists and dictionaries with string keys.
 
     Tuples, counters, and dictionaries with numbers as keys are kept apart from lists and plain
-    dictionaries; numbers of numpy and tensors with one element become plain ones.
+    dictionaries; numbers of numpy become plain ones. Tensors are copied into ``tensors`` under names
+    made here; without it those with one element become numbers.
 
     Raises:
         TypeError: something else, named with its place: ``where`` and the keys below.
@@ -27,20 +29,24 @@ def to_plain(value: Any, where: str) -> Any:
             return plain(value)
     if isinstance(value, str):
         return str.__str__(value)
+    if isinstance(value, Tensor) and tensors is not None:
+        name = str(len(tensors))
+        tensors[name] = value.detach().clone()
+        return {TAG: "tensor", "name": name}
     if isinstance(value, Tensor) and value.numel() == 1:
         return value.item()
     if isinstance(value, np.generic) and not isinstance(value.item(), np.generic):
         return to_plain(value.item(), where)
     if isinstance(value, (list, tuple)):
-        items = [to_plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
+        items = [to_plain(item, f"{where}[{i}]", tensors) for i, item in enumerate(value)]
         return items if isinstance(value, list) else {TAG: "tuple", "items": items}
     if isinstance(value, dict):
         if type(value) is dict and all(isinstance(key, str) for key in value) and TAG not in value:
-            return {key: to_plain(item, f"{where}[{key!r}]") for key, item in value.items()}
+            return {k: to_plain(item, f"{where}[{k!r}]", tensors) for k, item in value.items()}
         if isinstance(value, (Counter, dict)):
             kind = "counter" if isinstance(value, Counter) else "dict"
             pairs = [
-                [to_plain(key, f"a key of {where}"), to_plain(item, f"{where}[{key!r}]")]
+                [to_plain(key, f"a key of {where}"), to_plain(item, f"{where}[{key!r}]", tensors)]
                 for key, item in value.items()
             ]
             return {TAG: kind, "items": pairs}
@@ -50,16 +56,18 @@ def to_plain(value: Any, where: str) -> Any:
     )
 
 
-def from_plain(value: Any) -> Any:
-    """What :func:`to_plain` was given."""
+def from_plain(value: Any, tensors: Mapping[str, Tensor] | None = None) -> Any:
+    """What :func:`to_plain` was given; of ``tensors``, copies."""
     if isinstance(value, list):
-        return [from_plain(item) for item in value]
+        return [from_plain(item, tensors) for item in value]
     if not isinstance(value, dict):
         return value
     kind = value.get(TAG)
     if kind is None:
-        return {key: from_plain(item) for key, item in value.items()}
-    items = [from_plain(item) for item in value["items"]]
+        return {key: from_plain(item, tensors) for key, item in value.items()}
+    if kind == "tensor":
+        return (tensors or {})[value["name"]].clone()
+    items = [from_plain(item, tensors) for item in value["items"]]
     if kind == "tuple":
         return tuple(items)
     pairs = {_hashable(key): item for key, item in items}

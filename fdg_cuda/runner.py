@@ -26,7 +26,6 @@ from fdg_cuda.chain import (
     check_shared,
     check_unchanged,
 )
-from fdg_cuda.checkpoint_file import Checkpoint
 from fdg_cuda.checkpoints import Checkpoints, Saver, as_checkpoints
 from fdg_cuda.devices import Device, parse_devices
 from fdg_cuda.factory import Factory
@@ -276,8 +275,8 @@ class FDGRunner:
                 in each is the batch.
             epochs: how often.
             lr_scheduler: a ``torch.optim.lr_scheduler`` made for :attr:`optimizer`, to be stepped
-                here after every epoch or batch. (Or call its ``step`` yourself in ``on_epoch``, as
-                ``ReduceLROnPlateau`` wants it.)
+                here after every epoch or batch. (``ReduceLROnPlateau`` is stepped in a callback, whose
+                ``state_dict`` keeps it in checkpoints; one stepped in ``on_epoch`` is not kept.)
             lr_step: ``"epoch"`` or ``"batch"``.
             on_batch: called for each batch, in order, a few ticks after its loss is known: always
                 just as many, so that what it changes (a learning rate) does not depend on timing.
@@ -316,15 +315,15 @@ class FDGRunner:
         if not any(module.training for module in self._layers):
             logger.info("the model was in evaluation mode; fit() puts it in training mode")
             self._model.train()
-        state = saver = goes_on_from = None
+        state = saver = None
         if checkpoints is not None:
             settings = as_checkpoints(checkpoints)
             recipe = partial(self._recipe, settings.every)
             state = self._state(recipe, loader, lr_scheduler, listeners, history)
             saver = Saver(settings, state, epochs)
-            goes_on_from = saver.begin()
-            if goes_on_from is not None and not self._stages:
-                self._cut_as_in(goes_on_from)
+            kept_recipe = saver.begin()
+            if kept_recipe is not None and not self._stages:
+                self._cut_as_in(kept_recipe)
         batches = Batches(loader, epochs, state.before_reading if state else lambda: None)
         self._balance(batches)
         fit = Fit(
@@ -339,7 +338,6 @@ class FDGRunner:
             lr_step=lr_step,
             state=state,
             saver=saver,
-            goes_on_from=goes_on_from,
         )
         in_main_thread = threading.current_thread() is threading.main_thread()
         if not in_main_thread:  # which the interpreter's end has to wait for
@@ -401,8 +399,7 @@ class FDGRunner:
             "every": every,
         }
 
-    def _cut_as_in(self, checkpoint: Checkpoint) -> None:
-        recipe = checkpoint.state["recipe"]
+    def _cut_as_in(self, recipe: Mapping[str, Any]) -> None:
         if recipe["stages"] == len(self._devices):  # else it will be refused
             self._cut(check_split(recipe["split"], len(self._layers), len(self._devices)))
 

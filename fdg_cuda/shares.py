@@ -69,7 +69,7 @@ class Spent:
         if not self.seconds > 0:
             return None
         busy = None
-        if self.busy is not None:
+        if self.busy:
             # Two clocks, read one after the other, may make a share of 1 a little more.
             busy = tuple(min(1.0, seconds / self.seconds) for seconds in self.busy)
         return Shares(busy, self.data / self.seconds)

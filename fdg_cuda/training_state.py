@@ -2,13 +2,15 @@
 
 Tensors have names with a prefix: ``model.`` those of the model's own ``state_dict``, ``buffer.`` its
 non-persistent buffers, ``optimizer.`` what the optimizer keeps per parameter, ``random.`` the states
-of generators, ``losses`` of all batches so far. The rest is plain JSON values.
+of the stages' generators, ``data.`` what decides the order of the data, ``losses`` of all batches so
+far. The rest is plain JSON values.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,13 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from fdg_cuda.callbacks import Callback
+from fdg_cuda.data_state import DataState
 from fdg_cuda.epoch import RunningEpoch
 from fdg_cuda.errors import CheckpointError
 from fdg_cuda.loss_scale import LossScale
 from fdg_cuda.metrics import EpochResult, History
 from fdg_cuda.optim import DelayedOptimizer
 from fdg_cuda.plain import from_plain, to_plain
-from fdg_cuda.random_states import RandomStates
 from fdg_cuda.stage import Stage
 
 logger = logging.getLogger("fdg_cuda")
@@ -56,28 +58,58 @@ class Parts:
 class TrainingState:
     """Collects and applies the state of ``parts``.
 
-    The order of the data is kept as the random states, and the loader's own, just before the epoch's
-    iterator was made: when an epoch goes on, it is made again and what was trained is passed over.
+    The order of the data is kept as the states at two moments of the epoch that is trained: before its
+    callbacks are told of it, and just before its iterator is made. When the epoch goes on, both are
+    lived through again, and what was trained is passed over.
     """
 
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
-        self._epoch_start: tuple[RandomStates, Any] | None = None
-        self._to_restore: RandomStates | None = None
+        self._moments: dict[str, DataState] = {}  # of this epoch so far
+        self._to_restore: dict[str, DataState] = {}
         # Hyper-parameters as the first `fit` of the run found them.
         self._began_with = _plain_groups(parts.optimizer)
 
     # -- the data's order -----------------------------------------------------------------------
 
+    def before_epoch(self) -> None:
+        """The callbacks are about to be told of an epoch."""
+        self._at("epoch")
+
     def before_reading(self) -> None:
-        """The loader is about to be asked for an epoch's iterator."""
-        self._epoch_start = self._random_states(), self._loader_state()
+        """The loader is about to be asked for an epoch's iterator; the first epoch's may be wanted
+        before all else, to measure the layers."""
+        self._at("reading")
 
     def after_passing_over(self) -> None:
         """The trained batches of the epoch that goes on were passed over."""
-        if self._to_restore is not None:
-            self._to_restore.restore()
-            self._to_restore = None
+        now = self._to_restore.pop("now", None)
+        if now is not None:
+            now.restore_random(self._parts.loader)
+
+    def after_epoch(self) -> None:
+        """All batches of an epoch were trained; what was drawn for it is past."""
+        self._moments.clear()
+
+    def _at(self, moment: str) -> None:
+        state = self._to_restore.pop(moment, None)
+        if state is not None:
+            state.restore(self._parts.loader)
+        self._moments[moment] = self._now()
+
+    @contextmanager
+    def unmoved(self) -> Iterator[None]:
+        """What is drawn in the block leaves no trace."""
+        before = self._now()
+        try:
+            yield
+        finally:
+            before.restore_random(self._parts.loader)
+
+    def _now(self) -> DataState:
+        stages = self._parts.stages()
+        ordinals = {s.device.index for s in stages if s.device.type == "cuda"}
+        return DataState.now(self._parts.loader, ordinals)
 
     # -- collecting -----------------------------------------------------------------------------
 
@@ -118,11 +150,9 @@ class TrainingState:
                         plain_values[where] = to_plain(value, where)
             for number, each in enumerate(stage.random_state()):
                 tensors[f"random.stage{stage.index}.{number}"] = each
-        self._add_random(tensors, "now", self._random_states())
-        loader = self._loader_state()
-        if epoch.batches and self._epoch_start is not None:
-            states, loader = self._epoch_start
-            self._add_random(tensors, "epoch", states)
+        moments = {**self._moments, "now": self._now()}
+        for moment, data in moments.items():
+            tensors.update({f"data.{moment}.{n}": t for n, t in data.to_tensors().items()})
         tensors["losses"] = torch.tensor(parts.history.batch_losses, dtype=torch.float64)
         state = {
             **self._given(),
@@ -133,7 +163,7 @@ class TrainingState:
             "history": [to_plain(asdict(result), "history") for result in parts.history.epochs],
             "optimizer": {"keys": kept, "values": plain_values},
             "loss_scale": None if parts.loss_scale is None else parts.loss_scale.state_dict(),
-            "loader": loader,
+            "loader": {moment: data.loader for moment, data in moments.items()},
         }
         return tensors, state
 
@@ -169,19 +199,6 @@ class TrainingState:
 
     def _recipe(self) -> dict[str, Any]:
         return {name: to_plain(value, name) for name, value in self._parts.recipe().items()}
-
-    def _add_random(self, tensors: Tensors, when: str, states: RandomStates) -> None:
-        tensors.update({f"random.{when}.{n}": t for n, t in states.to_tensors().items()})
-
-    def _random_states(self) -> RandomStates:
-        stages = self._parts.stages()
-        return RandomStates.now({s.device.index for s in stages if s.device.type == "cuda"})
-
-    def _loader_state(self) -> Any:
-        loader = self._parts.loader
-        if not (hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")):
-            return None
-        return to_plain(loader.state_dict(), "the loader's state")
 
     # -- applying -------------------------------------------------------------------------------
 
@@ -223,14 +240,14 @@ class TrainingState:
         )
         epoch = RunningEpoch(state["epoch"])
         epoch.load_state_dict(state["running_epoch"])
-        if state["loader"] is not None and hasattr(parts.loader, "load_state_dict"):
-            parts.loader.load_state_dict(from_plain(state["loader"]))
-        now = RandomStates.from_tensors(_under("random.now.", tensors))
-        if epoch.batches:
-            RandomStates.from_tensors(_under("random.epoch.", tensors)).restore()
-            self._to_restore = now
-        else:
-            now.restore()
+        moments = {
+            moment: DataState.from_tensors(_under(f"data.{moment}.", tensors), loader)
+            for moment, loader in state["loader"].items()
+        }
+        moments["now"].check(parts.loader)
+        if "reading" not in moments:  # so nothing was drawn for the epoch but by callbacks
+            moments = {"epoch": moments.get("epoch", moments["now"])}
+        self._to_restore = moments
         return epoch
 
     def _load_groups(

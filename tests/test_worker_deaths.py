@@ -192,8 +192,11 @@ def test_a_signal_that_ends_the_workers_too_stops_at_a_checkpoint(tmp_path: Path
     assert len(history.batch_losses) == EPOCHS * SAMPLES // 2
 
 
-def test_ctrl_c_in_a_terminal_ends_the_command_with_0(tmp_path: Path) -> None:
-    """It goes to the whole group of processes, the workers too."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_whole_group_ends_the_command_with_0(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    """As Ctrl-C in a terminal, or `timeout` and a service manager: the workers get it too."""
     command = f"{MLP} --epochs 300 --workers 2 --checkpoint-every 5 --out run"
     process = start(command, tmp_path, own_group=True)
     checkpoints = tmp_path / "run" / "checkpoints"
@@ -202,10 +205,10 @@ def test_ctrl_c_in_a_terminal_ends_the_command_with_0(tmp_path: Path) -> None:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < give_up
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGINT)
+    os.killpg(process.pid, number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
-    assert "SIGINT: stopped before batch" in errors
+    assert f"{number.name}: stopped before batch" in errors
     assert "--resume" in errors
     with pytest.raises(ProcessLookupError):  # nobody is left in the group
         os.killpg(process.pid, 0)
