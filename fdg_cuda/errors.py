@@ -20,17 +20,29 @@ class NonFiniteLossError(ArithmeticError):
         epoch: 0-based epoch of this ``fit`` the batch belongs to.
         batch: 0-based number of the batch within that epoch.
         loss: the loss.
+        back_to: batch of that epoch before which the pipeline was last drained; the model holds the
+            weights of then. 0 unless checkpoints are written every so many batches.
     """
 
-    def __init__(self, loss: float, batch: int, epoch: int, weights: str | None = None) -> None:
+    def __init__(
+        self,
+        loss: float,
+        batch: int,
+        epoch: int,
+        weights: str | None = None,
+        *,
+        back_to: int = 0,
+    ) -> None:
         self.loss = loss
         self.batch = batch
         self.epoch = epoch
+        self.back_to = back_to
+        since = f"it had before batch {back_to}" if back_to else "the epoch began with"
         what = f"the {weights}" if weights else "the loss"
         value = "no finite number" if weights else str(loss)
         super().__init__(
             f"{what} became {value} at batch {batch} of epoch {epoch}; training stopped and the "
-            f"model holds the weights the epoch began with. A smaller lr, more warm-up, a smaller "
+            f"model holds the weights {since}. A smaller lr, more warm-up, a smaller "
             f"beta or fewer stages keep delayed gradients stable."
         )
 

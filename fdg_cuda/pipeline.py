@@ -252,7 +252,9 @@ class Pipeline(ABC):
         self, loss: float, batch: int, weights: str | None = None
     ) -> NonFiniteLossError:
         """The error to raise for ``batch`` of this segment."""
-        return NonFiniteLossError(loss, self._first_batch + batch, self._epoch, weights)
+        return NonFiniteLossError(
+            loss, self._first_batch + batch, self._epoch, weights, back_to=self._first_batch
+        )
 
     def _read(self, batches: Iterator[Batch]) -> Batch | None:
         began = time.perf_counter()

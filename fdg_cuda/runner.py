@@ -292,7 +292,7 @@ class FDGRunner:
 
         Raises:
             NonFiniteLossError: a loss became NaN or infinite; the model holds the weights with which
-                that epoch began.
+                that epoch began (with ``every``: those of the last drain).
             TypeError, ValueError: a scheduler that cannot be stepped here; a setting or a state that
                 a checkpoint cannot hold, before the first batch.
             KeyboardInterrupt: on Ctrl-C, within two ticks; every stage holds its newest weights,

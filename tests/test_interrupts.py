@@ -124,9 +124,11 @@ def test_ctrl_c_while_the_loader_is_read() -> None:
 
 
 SCRIPT = """
-import sys, time, torch
+import signal, sys, time, torch
 from torch import nn
 from fdg_cuda import FDGRunner
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background
 
 class Slow(nn.Module):
     def forward(self, x):

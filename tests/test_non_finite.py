@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from versions import (
     state,
 )
 
-from fdg_cuda import FDGRunner, NonFiniteLossError
+from fdg_cuda import Checkpoints, FDGRunner, NonFiniteLossError
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread", "seeded", "no_thread_left")
 
@@ -90,3 +91,15 @@ def test_loss_that_is_not_finite_with_a_buffer_that_was_made_meanwhile() -> None
     with pytest.raises(NonFiniteLossError, match="batch 1 of epoch 0"):
         runner.fit(batches(3))
     runner.fit(batches(3))
+
+
+def test_with_checkpoints_within_the_epoch_it_is_the_last_drain_that_counts(tmp_path: Path) -> None:
+    model, data = mlp(), batches(6)
+    runner = FDGRunner(model, ["cpu"] * 2, split=[4], loss_fn=SpoiledLoss(5, math.nan))
+    with pytest.raises(NonFiniteLossError, match="it had before batch 4") as caught:
+        runner.fit(data, checkpoints=Checkpoints(tmp_path, every=2))
+    assert (caught.value.batch, caught.value.back_to) == (5, 4)
+    plain = mlp()
+    other = FDGRunner(plain, ["cpu"] * 2, split=[4])
+    other.fit(data[:4], checkpoints=Checkpoints(tmp_path / "other", every=2))
+    assert same_bits(model.state_dict(), plain.state_dict())
