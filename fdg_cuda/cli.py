@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -61,6 +62,41 @@ def train(given: Given) -> None:
     with _user_errors():
         training = _prepare(given)
     raise typer.Exit(_run(training))
+
+
+@app.command()
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="Folder (--out) of a run of train.")],
+    devices: Annotated[
+        str | None,
+        typer.Option(help="One device per stage: cpu,cpu or 0,1.", show_default="those of the run"),
+    ] = None,
+    data_root: Annotated[
+        str | None, typer.Option(help="Folder of the data.", show_default="that of the run")
+    ] = None,
+    predictions: Annotated[
+        Path | None,
+        typer.Option(help="CSV file to write: label, prediction and its probability per sample."),
+    ] = None,
+) -> None:
+    """Test the weights of a run on its test data, over its stages; write what they predict."""
+    with _user_errors():
+        from fdg_cuda.evaluate import evaluate_run
+        from fdg_cuda.progress import make_console
+        from fdg_cuda.report import percent, summary_table
+        from fdg_cuda.settings import accepted
+
+        given = None if devices is None else accepted({"devices": devices})["devices"]
+        evaluated = evaluate_run(run, devices=given, data_root=data_root, predictions=predictions)
+        lines = {
+            "model": f"{evaluated.settings.model} of {run}",
+            "data": f"{evaluated.settings.data}, {evaluated.result.samples:,} test images",
+            "test loss": f"{evaluated.result.loss:.6g}",
+            "test accuracy": percent(evaluated.result.accuracy),
+        }
+        if predictions is not None:
+            lines["written"] = str(predictions)
+        make_console().print(summary_table(lines))
 
 
 @app.command()
