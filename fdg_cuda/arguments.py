@@ -28,6 +28,22 @@ def check_stages(backward_weights: str, layers: int, devices: int) -> None:
         )
 
 
+def check_loss(loss_fn: object) -> None:
+    """Raises:
+    TypeError: not what can be called with output and target.
+    """
+    if isinstance(loss_fn, type):
+        raise TypeError(
+            f"loss_fn must be a function of output and target; got the class {loss_fn.__name__}. Give "
+            f"an instance: loss_fn={loss_fn.__name__}()"
+        )
+    if not callable(loss_fn):
+        raise TypeError(
+            f"loss_fn must be a function of output and target, such as "
+            f"torch.nn.functional.mse_loss; got {loss_fn!r}"
+        )
+
+
 def check_fit(epochs: SupportsIndex, lr_step: str) -> int:
     """How many epochs, as a plain number, whichever library's it is.
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fdg_cuda.metrics import BatchResult, EpochResult, History
+from fdg_cuda.names import did_you_mean
 
 if TYPE_CHECKING:
     from fdg_cuda.update_measures import UpdateMeasures
@@ -34,13 +36,25 @@ class Callback:
 
     All are called on the thread that called ``fit``, in the order of the list. Nothing runs during
     any but :meth:`on_batch_end`: there ``evaluate``, ``predict`` and ``state_dict`` may be used.
-    What one raises ends the ``fit``.
+    What one raises ends the ``fit``. A subclass with a method ``on_...`` that is none of them is a
+    TypeError, since it would never be called.
 
     Attributes:
         measures: what stages are to measure of their updates, see :class:`~fdg_cuda.StageLog`.
     """
 
     measures: UpdateMeasures | None = None
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        moments = [name for name in vars(Callback) if name.startswith("on_")]
+        for name, value in vars(cls).items():
+            if name.startswith("on_") and name not in moments and inspect.isroutine(value):
+                raise TypeError(
+                    f"{cls.__name__}.{name} would never be called: the moments of a callback are "
+                    f"{', '.join(moments)}.{did_you_mean(name, moments)} A method of your own needs "
+                    f"a name that does not begin with on_"
+                )
 
     def on_fit_start(self, start: FitStart) -> None:
         """Before the first batch is read."""
@@ -109,13 +123,23 @@ def check_callbacks(callbacks: Sequence[Callback]) -> list[Callback]:
     """``callbacks`` as a list.
 
     Raises:
-        TypeError: one is no :class:`Callback`.
+        TypeError: no list, or one is no :class:`Callback`.
     """
+    if not isinstance(callbacks, Iterable):
+        raise TypeError(
+            f"callbacks must be a list of instances of subclasses of fdg_cuda.Callback; got "
+            f"{_described(callbacks)}. Put even a single one into a list: callbacks=[...]"
+        )
     for callback in callbacks:
         if not isinstance(callback, Callback):
-            kind = callback.__name__ if isinstance(callback, type) else type(callback).__name__
             raise TypeError(
-                f"callbacks must be instances of subclasses of fdg_cuda.Callback; got {kind}. Plain "
-                f"functions can be given as on_batch= and on_epoch="
+                f"callbacks must be instances of subclasses of fdg_cuda.Callback; got "
+                f"{_described(callback)}. Plain functions can be given as on_batch= and on_epoch="
             )
     return list(callbacks)
+
+
+def _described(given: object) -> str:
+    if isinstance(given, type):
+        return f"the class {given.__name__}"
+    return "None" if given is None else f"an instance of {type(given).__name__}"

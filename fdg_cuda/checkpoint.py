@@ -118,15 +118,18 @@ class CheckpointFolder:
             CheckpointError: there are files, and none is good.
             OSError: the folder cannot be read.
         """
-        troubles = []
+        troubles, good = [], None
         for path in reversed(self._files_behind(-1)):
             try:
-                return self.load(path)
+                good = self.load(path)
+                break
             except CheckpointError as error:
-                logger.warning("%s (passed over)", error)
                 troubles.append(error)
-        if not troubles:
-            return None
+        instead = f"the newest good one is {good.path.name}" if good else "none here is good"
+        for trouble in troubles:
+            logger.warning("%s This one is passed over: %s.", trouble, instead)
+        if good or not troubles:
+            return good
         raise CheckpointError(
             f"{self._folder} holds {len(troubles)} checkpoint(s), none of which is good. To begin "
             f"anew, choose another folder or remove them. The newest: {troubles[0]}"

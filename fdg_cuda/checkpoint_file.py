@@ -138,7 +138,7 @@ def _opened(path: Path) -> Iterator[tuple[BufferedReader, tensor_file.Header, Su
             header = tensor_file.read_header(file)
             yield file, header, _summary(path, header)
     except tensor_file.BrokenFileError as error:
-        raise CheckpointError(f"{path} {error}. Go on from another checkpoint.") from error
+        raise CheckpointError(f"{path} {error}; another checkpoint may be whole.") from error
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from error
 

@@ -17,6 +17,7 @@ class RunningEpoch:
     Attributes:
         batches: how many of its batches were trained and reported.
         spent: training time so far.
+        updates: how many each stage had to make so far, those left out included.
         skipped: per stage, updates left out so far; None where losses are not scaled.
         loss_scale: where it stands now; None likewise.
     """
@@ -25,6 +26,7 @@ class RunningEpoch:
         self.number = number
         self.batches = 0
         self.spent = Spent()
+        self.updates = 0
         self.skipped: tuple[int, ...] | None = None
         self.loss_scale: float | None = None
         self._average = Average()
@@ -38,8 +40,11 @@ class RunningEpoch:
         self.batches += 1
         return BatchResult(self.batches - 1, self.number, loss, samples, correct, learning_rates)
 
-    def add_skipped(self, skipped: Sequence[int] | None, loss_scale: float | None) -> None:
-        """Count the updates that a segment left out, behind which the scale stands there."""
+    def add_updates(
+        self, updates: int, skipped: Sequence[int] | None, loss_scale: float | None
+    ) -> None:
+        """Count the updates of a segment, and those it left out; the scale stands there behind it."""
+        self.updates += updates
         self.loss_scale = loss_scale
         if skipped is not None:
             before = self.skipped or (0,) * len(skipped)
@@ -59,6 +64,7 @@ class RunningEpoch:
             busy=None if shares is None else shares.busy,
             skipped=self.skipped,
             loss_scale=self.loss_scale,
+            updates=self.updates,
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -68,6 +74,7 @@ class RunningEpoch:
             "seconds": self.spent.seconds,
             "data_seconds": self.spent.data,
             "busy_seconds": None if self.spent.busy is None else list(self.spent.busy),
+            "updates": self.updates,
             "skipped": None if self.skipped is None else list(self.skipped),
             "average": self._average.state_dict(),
         }
@@ -79,5 +86,6 @@ class RunningEpoch:
         self.spent = Spent(
             state["seconds"], state["data_seconds"], None if busy is None else tuple(busy)
         )
+        self.updates = state["updates"]
         self.skipped = None if state["skipped"] is None else tuple(state["skipped"])
         self._average.load_state_dict(state["average"])

@@ -65,6 +65,7 @@ class TrainingStopped(KeyboardInterrupt):
         signal: ``"SIGINT"`` or ``"SIGTERM"``.
         epoch, batch: 0-based, where training goes on.
         checkpoint: the newest that was written; None if none could be.
+        what: the message, but for how to go on.
     """
 
     def __init__(self, signal: str, epoch: int, batch: int, checkpoint: Path | None) -> None:
@@ -73,7 +74,15 @@ class TrainingStopped(KeyboardInterrupt):
         self.batch = batch
         self.checkpoint = checkpoint
         kept = f"{checkpoint} is the checkpoint" if checkpoint else "no checkpoint was written"
-        super().__init__(f"{signal}: stopped before batch {batch} of epoch {epoch}; {kept}")
+        self.what = f"{signal}: stopped before batch {batch} of epoch {epoch}; {kept}"
+        how = ""
+        if checkpoint:
+            how = (
+                f". To go on, give fit what it was given and checkpoints="
+                f"Checkpoints({str(checkpoint.parent)!r}, resume=True), with the same every= if there "
+                f"was one"
+            )
+        super().__init__(self.what + how)
 
 
 class LoaderWorkerError(RuntimeError):

@@ -227,7 +227,7 @@ class Fit:
                 epoch.number, first, self._feed(batches, first), entered=entered, known=report
             )
             epoch.spent += _spent(*segment)
-            epoch.add_skipped(pipeline.skipped, pipeline.loss_scale)
+            epoch.add_updates(pipeline.updates, pipeline.skipped, pipeline.loss_scale)
         finally:
             self._segment = None
 

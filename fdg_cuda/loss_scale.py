@@ -9,6 +9,7 @@ scale for new ones follows what became of earlier ones a fixed number of batches
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -51,6 +52,30 @@ class LossScale:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what :meth:`state_dict` gave."""
         self.value, self._finite = state["value"], state["finite"]
+
+
+def make_loss_scale(first: float | None, *, scaled: bool) -> LossScale | None:
+    """A runner's, if its losses are ``scaled``, with its ``initial_loss_scale``.
+
+    Raises:
+        TypeError, ValueError: one that cannot be, or that would do nothing.
+    """
+    if first is None:
+        return LossScale() if scaled else None
+    if isinstance(first, bool) or not isinstance(first, (int, float)):
+        raise TypeError(f"initial_loss_scale must be a number, such as 1024; got {first!r}")
+    if not scaled:
+        raise ValueError(
+            f"initial_loss_scale={first!r} would do nothing: only precision='float16' scales losses; "
+            f"leave it out"
+        )
+    # 2 ** 127 is float32's largest power of two.
+    if not SMALLEST_SCALE <= first <= 2.0**127 or math.frexp(first)[0] != 0.5:
+        raise ValueError(
+            f"initial_loss_scale must be a power of two, which rounds nothing, from 2 ** -10 to "
+            f"2 ** 127, such as 1024; got {first!r}"
+        )
+    return LossScale(float(first))
 
 
 class BatchScales:

@@ -53,7 +53,8 @@ class EpochResult:
     waiting for Python's lock included; None where it is not measured (CUDA devices).
     With ``precision="float16"``: ``skipped`` has per stage the updates that were left out because
     gradients were not finite, ``loss_scale`` is where the scale stands behind the epoch, and batches
-    whose loss was not finite are left out of the averages.
+    whose loss was not finite are left out of the averages. ``updates`` is how many each stage had to
+    make, those left out included.
     """
 
     epoch: int
@@ -66,6 +67,7 @@ class EpochResult:
     busy: tuple[float, ...] | None = None
     skipped: tuple[int, ...] | None = None
     loss_scale: float | None = None
+    updates: int = 0
 
     @property
     def data_wait(self) -> float:

@@ -105,6 +105,11 @@ class Pipeline(ABC):
         """Bring :attr:`results` up to at least ``done`` batches, which are trained."""
 
     @property
+    def updates(self) -> int:
+        """How many each stage had to make in this segment, those that were left out included."""
+        return -(-len(self.results) // self._schedule.accumulate)
+
+    @property
     def skipped(self) -> tuple[int, ...] | None:
         """Per stage, updates of this segment that were left out, as far as known; None where losses
         are not scaled."""

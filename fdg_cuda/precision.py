@@ -6,6 +6,8 @@ from contextlib import AbstractContextManager, nullcontext
 from enum import Enum
 from typing import TYPE_CHECKING
 
+from fdg_cuda.names import did_you_mean
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -41,22 +43,26 @@ PRECISIONS = tuple(precision.value for precision in Precision)
 
 
 def parse_precision(value: object, model: nn.Module) -> Precision:
-    """The precision that ``value`` names, in which ``model`` can be trained.
+    """The precision that ``value`` (a name, or torch's dtype of that name) means, in which ``model``
+    can be trained.
 
     Raises:
         ValueError: an unknown one, or one that would do nothing to a float64 model.
     """
-    if value not in PRECISIONS:
-        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}; got {value!r}")
-    precision = Precision(value)
-    if precision is Precision.FLOAT32:
-        return precision
     import torch
 
+    name = str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
+    if name not in PRECISIONS:
+        hint = did_you_mean(name, PRECISIONS) if isinstance(name, str) else ""
+        known = ", ".join(PRECISIONS)
+        raise ValueError(f"precision must be one of {known}; got {value!r}.{hint}")
+    precision = Precision(name)
+    if precision is Precision.FLOAT32:
+        return precision
     double = [name for name, p in model.named_parameters() if p.dtype == torch.float64]
     if double:
         raise ValueError(
-            f"precision={value!r} casts float32 layers, but parameter {double[0]} is torch.float64, "
+            f"precision={name!r} casts float32 layers, but parameter {double[0]} is torch.float64, "
             f"which autocast leaves as it is; convert the model with model.float(), or leave "
             f"precision out"
         )

@@ -35,6 +35,7 @@ class EpochRow:
         busy: share of ``seconds`` in which each stage was at work, or None if it was not measured.
         loss_scale: behind the epoch; None where losses are not scaled.
         skipped: updates that each stage left out because of it; None likewise.
+        updates: how many each stage had to make, those included; None likewise.
 
     Accuracies are shares in [0, 1], or None if there are no classes.
     """
@@ -51,6 +52,7 @@ class EpochRow:
     busy: tuple[float, ...] | None = None
     loss_scale: float | None = None
     skipped: tuple[int, ...] | None = None
+    updates: int | None = None
 
     @property
     def shares(self) -> Shares:
@@ -62,7 +64,20 @@ class EpochRow:
         """For people, behind other things: the updates left out, stage by stage; nothing if none."""
         if not any(self.skipped or ()):
             return ""
-        return f"  skipped {'/'.join(map(str, self.skipped or ()))} (scale {self.loss_scale:g})"
+        left_out = updates_left_out(self.skipped or (), self.updates or 0)
+        return f"  {left_out} (scale {self.loss_scale:g})"
+
+
+def updates_left_out(skipped: Sequence[int], updates: int) -> str:
+    """For people, such as ``updates left out: 7 and 5 of 12 per stage``.
+
+    Args:
+        skipped: per stage.
+        updates: how many each had to make.
+    """
+    first = ", ".join(map(str, skipped[:-1]))
+    counts = f"{first} and {skipped[-1]}" if first else str(skipped[-1])
+    return f"updates left out: {counts} of {updates}{' per stage' if first else ''}"
 
 
 def best_epoch(rows: Sequence[EpochRow]) -> EpochRow | None:
@@ -79,7 +94,7 @@ def percent(share: float | None) -> str:
 def write_metrics(path: Path, rows: Sequence[EpochRow]) -> None:
     """Write one line per epoch under a header with the names of :class:`EpochRow`; ``busy`` is a
     column per stage, ``busy_0``, ``busy_1``, ..., as far as any row has it, and so is ``skipped``;
-    without scaled losses there is no ``loss_scale`` either.
+    without scaled losses there are no ``loss_scale`` and ``updates`` either.
 
     Raises:
         OSError: the file cannot be written; what was there before still is.
@@ -88,7 +103,7 @@ def write_metrics(path: Path, rows: Sequence[EpochRow]) -> None:
         scaled = any(row.loss_scale is not None for row in rows)
         columns = [field.name for field in fields(EpochRow) if field.name not in PER_STAGE]
         if not scaled:
-            columns.remove("loss_scale")
+            columns = [name for name in columns if name not in ("loss_scale", "updates")]
         for name in PER_STAGE:
             stages = max((len(getattr(row, name) or ()) for row in rows), default=0)
             columns += [f"{name}_{stage}" for stage in range(stages)]

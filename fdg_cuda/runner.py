@@ -12,10 +12,11 @@ from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fdg_cuda._core import fit_begins, fit_ends
-from fdg_cuda.arguments import check_fit, check_stages
+from fdg_cuda.arguments import check_fit, check_loss, check_stages
 from fdg_cuda.backward_weights import BackwardWeights
 from fdg_cuda.batches import Batches, Loader
 from fdg_cuda.callbacks import Callback, FunctionCallback, check_callbacks, measures_of
@@ -34,7 +35,7 @@ from fdg_cuda.gradients import UpdateRule
 from fdg_cuda.groups import GroupRule
 from fdg_cuda.inference import evaluate, predict, predict_batches
 from fdg_cuda.interrupts import Interrupts
-from fdg_cuda.loss_scale import LossScale
+from fdg_cuda.loss_scale import make_loss_scale
 from fdg_cuda.machines import check_options, make_machine
 from fdg_cuda.metrics import (
     BatchResult,
@@ -98,6 +99,9 @@ class FDGRunner:
             every stage, and so ``evaluate`` and ``predict``, run under ``torch.autocast``; weights,
             their gradients and the update stay float32. ``"float16"``: likewise, and losses are scaled
             by a factor that follows the gradients; an update whose gradients are not finite is left out.
+            torch's dtypes of these names are taken, too.
+        initial_loss_scale: for ``"float16"``: the factor at first, a power of two; default 65536. A
+            checkpoint that is gone on from brings its own.
         cpu_threads: cores that CPU stages share; default ``torch.get_num_threads()``. Each stage
             computes with ``cpu_threads // K`` of them, at least 1; ``"bp"``, whose stages take turns,
             with all.
@@ -137,7 +141,8 @@ class FDGRunner:
         clip_norm: float | None = None,
         clip_value: float | None = None,
         backward_weights: str = "stash",
-        precision: str = "float32",
+        precision: str | torch.dtype = "float32",
+        initial_loss_scale: float | None = None,
         cpu_threads: int | None = None,
         graphs: str | bool = "auto",
     ) -> None:
@@ -147,7 +152,7 @@ class FDGRunner:
         self._precision = parse_precision(precision, self._model)
         scaled = self._precision.scales_loss
         rule = UpdateRule(accumulate, clip_norm, clip_value, optimizer, scaled)
-        self._loss_scale = LossScale() if scaled else None
+        self._loss_scale = make_loss_scale(initial_loss_scale, scaled=scaled)
         self._devices = parse_devices(devices)
         self._schedule = Schedule(method, len(self._devices), accumulate)
         check_stages(backward_weights, len(self._layers), len(self._devices))
@@ -165,6 +170,7 @@ class FDGRunner:
         self._backward_weights = backward_weights
         self._rule = rule
         self._loss_fn = loss_fn if loss_fn is not None else cross_entropy
+        check_loss(self._loss_fn)
         self.optimizer = make_optimizer(
             self._model,
             optimizer,

@@ -27,6 +27,7 @@ from fdg_cuda.report import (
     best_epoch,
     draw_curves,
     percent,
+    updates_left_out,
     write_metrics,
     write_settings,
 )
@@ -196,7 +197,7 @@ class Training:
                     checkpoints=self._checkpoints,
                 )
         except TrainingStopped as stopped:
-            status, message = "stopped", str(stopped)
+            status, message = "stopped", stopped.what  # the command line has its own way to go on
         except KeyboardInterrupt:
             status = "interrupted"
         except NonFiniteLossError as error:
@@ -320,6 +321,7 @@ class Training:
             busy=result.busy,
             loss_scale=result.loss_scale,
             skipped=result.skipped,
+            updates=None if result.skipped is None else result.updates,
         )
 
     def _save(self) -> None:
@@ -361,5 +363,6 @@ def _skipped(rows: Sequence[EpochRow]) -> str:
     counts = [row.skipped for row in rows if row.skipped is not None]
     if not counts:
         return ""
-    by_stage = "/".join(str(sum(of_stage)) for of_stage in zip(*counts, strict=True))
-    return f", updates skipped {by_stage} (by stage), loss scale {rows[-1].loss_scale:g}"
+    total = [sum(of_stage) for of_stage in zip(*counts, strict=True)]
+    updates = sum(row.updates or 0 for row in rows)
+    return f", {updates_left_out(total, updates)}, loss scale {rows[-1].loss_scale:g}"

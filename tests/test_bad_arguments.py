@@ -125,11 +125,22 @@ def test_cuda_ordinal_beyond_the_last() -> None:
 
 
 @pytest.mark.parametrize(
-    "devices", ["cpu", 0, None, {"cpu"}, ["cpu", None], [True, True]], ids=repr
+    "devices", ["cpu", 0, 2, None, {"cpu"}, ["cpu", None], [True, True]], ids=repr
 )
 def test_devices_of_another_type(devices: Any) -> None:
     with refused(TypeError, "device"):
         FDGRunner(chain(), devices)
+
+
+def test_a_loss_that_is_a_class() -> None:
+    with refused(TypeError, "loss_fn", "the class MSELoss", "loss_fn=MSELoss()"):
+        runner_of(chain(), loss_fn=nn.MSELoss)
+
+
+@pytest.mark.parametrize("loss_fn", ["mse", 0, torch.zeros(1)], ids=repr)
+def test_a_loss_that_cannot_be_called(loss_fn: Any) -> None:
+    with refused(TypeError, "loss_fn", "function of output and target", repr(loss_fn)):
+        runner_of(chain(), loss_fn=loss_fn)
 
 
 def test_no_devices() -> None:

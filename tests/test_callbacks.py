@@ -128,7 +128,7 @@ def test_the_runner_may_be_used_in_every_moment_but_a_batchs_end() -> None:
 
 def test_a_class_instead_of_an_instance_is_refused() -> None:
     with pytest.raises(
-        TypeError, match=r"instances of subclasses of fdg_cuda\.Callback; got Diary"
+        TypeError, match=r"instances of subclasses of fdg_cuda\.Callback; got the class Diary"
     ):
         runner_of().fit(batches(2), callbacks=[Diary])  # type: ignore[list-item]
 
@@ -189,3 +189,30 @@ def test_stop_without_a_fit_does_nothing() -> None:
     runner = runner_of()
     runner.stop()
     assert len(runner.fit(batches(3)).epochs) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"), [("on_epoch_ends", "on_epoch_end"), ("on_train_batch_end", "on_batch_end")]
+)
+def test_a_moment_that_there_is_not_is_refused(name: str, meant: str) -> None:
+    for method in (lambda self, result: None, staticmethod(print), classmethod(print)):
+        with pytest.raises(TypeError, match=rf"Mine\.{name} .* Did you mean '{meant}'\?"):
+            type("Mine", (Callback,), {name: method})
+
+
+def test_other_attributes_of_a_callback_are_its_own() -> None:
+    kind = type("Mine", (Diary,), {"on_top": 3, "once": lambda self: None, "_on_it": print})
+    diary = kind()
+    runner_of().fit(batches(2), callbacks=[diary])
+    assert diary.lines[-1] == "1 epochs"
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [(Diary(), "an instance of Diary"), (Diary, "the class Diary"), (None, "None")],
+)
+def test_callbacks_that_are_no_list(given: Any, words: str) -> None:
+    with pytest.raises(
+        TypeError, match=rf"must be a list .* got {words}\. .* callbacks=\[\.\.\.\]"
+    ):
+        runner_of().fit(batches(2), callbacks=given)

@@ -202,9 +202,12 @@ def test_a_damaged_latest_is_passed_over_with_a_warning(
     assert "checksum" in told[0]
     assert str(paths[1]) in told[1]
     assert "is empty" in told[1]
+    assert all(f"passed over: the newest good one is {paths[0].name}." in line for line in told)
 
 
-def test_none_good_is_an_error_not_a_new_beginning(tmp_path: Path) -> None:
+def test_none_good_is_an_error_not_a_new_beginning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     checkpoints = CheckpointFolder(tmp_path)
     for step in (1, 2):
         flip_last_byte(save(checkpoints, step))
@@ -213,6 +216,7 @@ def test_none_good_is_an_error_not_a_new_beginning(tmp_path: Path) -> None:
     ) as raised:
         CheckpointFolder(tmp_path).latest()
     assert str(tmp_path / file_name(2)) in str(raised.value)
+    assert caplog.text.count("passed over: none here is good") == 2
     (tmp_path / file_name(1)).unlink()
     (tmp_path / file_name(2)).unlink()
     (tmp_path / file_name(3)).mkdir()

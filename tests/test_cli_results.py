@@ -204,7 +204,9 @@ def test_half_precision(run_cli: Cli, tmp_path: Path, capfd: pytest.CaptureFixtu
     (row,) = metrics(tmp_path / "out")
     assert float(row["loss_scale"]) <= 2**16
     assert all(row[f"skipped_{k}"].isdigit() for k in range(2))
-    assert "float16, updates skipped" in capfd.readouterr().out
+    skipped = f"{row['skipped_0']} and {row['skipped_1']} of {row['updates']} per stage"
+    assert f"float16, updates left out: {skipped}, loss scale" in capfd.readouterr().out
+    assert int(row["updates"]) >= int(row["skipped_0"])
 
 
 def test_a_checkpoint_that_finds_no_room_ends_nothing(

@@ -395,12 +395,14 @@ def test_going_on_gives_the_same_bits(tmp_path: Path) -> None:
             **runner.state_dict(),
             "scale": torch.tensor([runner.loss_scale]),
             "skipped": torch.tensor([epoch.skipped for epoch in history.epochs]),
+            "updates": torch.tensor([epoch.updates for epoch in history.epochs]),
             "losses": torch.tensor(history.batch_losses).nan_to_num(nan=-1),
             "momentum": torch.cat([stage.memory.momentum for stage in runner.stages]),
         }
 
     expected = run(tmp_path / "whole", 100)
     assert expected["skipped"].tolist() == [[2, 2, 2]] * 2
+    assert expected["updates"].tolist() == [12, 12]
     for crash in (9, 20):
         folder = tmp_path / str(crash)
         with pytest.raises(ZeroDivisionError):
@@ -409,6 +411,42 @@ def test_going_on_gives_the_same_bits(tmp_path: Path) -> None:
 
 
 # -- refusals and what is shown ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("every", "updates"), [(None, 4), (6, 4), (4, 6)])
+def test_updates_count_what_each_drain_makes_of_the_batches_left(
+    tmp_path: Path, every: int | None, updates: int
+) -> None:
+    """A drain updates with what there is of a group: 12 batches in threes, or in 3 + 1 three times."""
+    checkpoints = None if every is None else Checkpoints(tmp_path, every=every)
+    runner = runner_of(without_batch_norm(), accumulate=3)
+    epoch = runner.fit(single(12), checkpoints=checkpoints).epochs[0]
+    assert epoch.updates == updates
+
+
+def test_a_smaller_first_scale_is_where_it_begins() -> None:
+    runner = FDGRunner(overflowing(), ["cpu"], precision="float16", initial_loss_scale=2, lr=0.05)
+    assert runner.loss_scale == 2.0
+    epoch = runner.fit(single(2)).epochs[0]
+    assert (epoch.skipped, epoch.loss_scale) == ((0,), 2.0)
+
+
+@pytest.mark.parametrize("first", [0, -2.0, 1000, 3, 2.0**-11, 2.0**128, math.inf, math.nan])
+def test_a_first_scale_out_of_range(first: float) -> None:
+    with refused(ValueError, "initial_loss_scale", "power of two", repr(first)):
+        FDGRunner(overflowing(), ["cpu"], precision="float16", initial_loss_scale=first)
+
+
+def test_a_first_scale_that_is_no_number_or_does_nothing() -> None:
+    with refused(TypeError, "initial_loss_scale", "'1024'"):
+        FDGRunner(
+            overflowing(),
+            ["cpu"],
+            precision="float16",
+            initial_loss_scale="1024",  # type: ignore[arg-type]
+        )
+    with refused(ValueError, "initial_loss_scale=1024", "precision='float16'", "leave it out"):
+        FDGRunner(overflowing(), ["cpu"], initial_loss_scale=1024)
 
 
 def test_other_precisions_have_no_scale() -> None:

@@ -236,6 +236,25 @@ def test_times_are_remembered_for_each_precision() -> None:
         assert found == times
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.half])
+def test_torchs_dtypes_name_a_precision(dtype: torch.dtype) -> None:
+    assert f"torch.{FDGRunner(network(), ['cpu'], precision=dtype).precision}" == str(dtype)
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"), [("bf16", "bfloat16"), ("fp16", "float16"), ("fp32", "float32")]
+)
+def test_what_a_short_name_may_have_meant(given: str, meant: str) -> None:
+    with refused(ValueError, "precision", repr(given), f"Did you mean {meant!r}?"):
+        FDGRunner(network(), ["cpu"], precision=given)
+
+
+@pytest.mark.parametrize("given", [torch.float64, torch.int8, None, 16], ids=repr)
+def test_what_is_no_precision(given: Any) -> None:
+    with refused(ValueError, "precision", "float32, bfloat16, float16", repr(given)):
+        FDGRunner(network(), ["cpu"], precision=given)
+
+
 def test_refusals() -> None:
     with refused(ValueError, "precision", "float32, bfloat16", "'half'"):
         FDGRunner(network(), ["cpu"], precision="half")

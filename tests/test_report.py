@@ -23,6 +23,7 @@ from fdg_cuda.report import (
     draw_curves,
     percent,
     summary_table,
+    updates_left_out,
     write_metrics,
     write_settings,
 )
@@ -81,21 +82,28 @@ def test_metrics_have_the_loss_scale_and_the_updates_left_out_where_there_are_an
     tmp_path: Path,
 ) -> None:
     file = tmp_path / "metrics.csv"
-    write_metrics(file, [replace(row(1), loss_scale=1024.0, skipped=(3, 0))])
+    write_metrics(file, [replace(row(1), loss_scale=1024.0, skipped=(3, 0), updates=12)])
     with file.open(newline="") as opened:
         (only,) = csv.DictReader(opened)
-    assert list(only)[-4:] == ["data_wait", "loss_scale", "skipped_0", "skipped_1"]
-    assert list(only.values())[-3:] == ["1024.0", "3", "0"]
+    assert list(only)[-5:] == ["data_wait", "loss_scale", "updates", "skipped_0", "skipped_1"]
+    assert list(only.values())[-4:] == ["1024.0", "12", "3", "0"]
 
 
 def test_an_epochs_line_says_which_updates_were_left_out() -> None:
     console = Console(width=200, record=True, file=io.StringIO())
     progress = PlainProgress(console, 2, 10)
-    progress.epoch(replace(row(1), loss_scale=1024.0, skipped=(3, 0)))
-    progress.epoch(replace(row(2), loss_scale=1024.0, skipped=(0, 0)))
+    progress.epoch(replace(row(1), loss_scale=1024.0, skipped=(3, 0), updates=12))
+    progress.epoch(replace(row(2), loss_scale=1024.0, skipped=(0, 0), updates=12))
     first, second = console.export_text().splitlines()
-    assert "skipped 3/0 (scale 1024)" in first
-    assert "skipped" not in second
+    assert "updates left out: 3 and 0 of 12 per stage (scale 1024)" in first
+    assert "left out" not in second
+
+
+@pytest.mark.parametrize(
+    ("skipped", "text"), [((7,), "7 of 12"), ((7, 5, 0), "7, 5 and 0 of 12 per stage")]
+)
+def test_updates_left_out_by_stage(skipped: tuple[int, ...], text: str) -> None:
+    assert updates_left_out(skipped, 12) == f"updates left out: {text}"
 
 
 def test_a_batch_without_a_finite_loss_is_no_part_of_the_bars_average() -> None:

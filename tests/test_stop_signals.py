@@ -69,6 +69,7 @@ def test_training_goes_on_where_it_was_stopped(
     assert stopped.value.epoch == 0
     assert 5 <= trained < 15
     assert stopped.value.checkpoint == tmp_path / f"checkpoint-{trained:09}.safetensors"
+    assert f"Checkpoints({str(tmp_path)!r}, resume=True)" in str(stopped.value)
     assert f"{number.name}: what is under way is finished" in caplog.text
     runner, history = fit(tmp_path, {}, stages, resume=True)
     assert [epoch.batches for epoch in history.epochs] == [BATCHES, BATCHES]
