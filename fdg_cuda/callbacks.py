@@ -83,6 +83,10 @@ class Callback:
         """What a checkpoint keeps of this callback: plain JSON values."""
         return {}
 
+    def check_state(self, state: dict[str, Any]) -> None:
+        """What :meth:`load_state_dict` will get, before anything of the checkpoint is applied or even
+        the model is cut: the place to refuse it, by raising :class:`~fdg_cuda.CheckpointError`."""
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what :meth:`state_dict` gave when the checkpoint was written."""
 

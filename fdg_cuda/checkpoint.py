@@ -119,7 +119,7 @@ class CheckpointFolder:
             OSError: the folder cannot be read.
         """
         troubles, good = [], None
-        for path in reversed(self._files_behind(-1)):
+        for path in reversed(self.files()):
             try:
                 good = self.load(path)
                 break
@@ -153,13 +153,21 @@ class CheckpointFolder:
         self._damaged.discard(Path(path))
         return checkpoint
 
+    def files(self) -> list[Path]:
+        """What has the name of a checkpoint, good or not, in the order of their steps.
+
+        Raises:
+            OSError: the folder cannot be read.
+        """
+        return self._files_behind(-1)
+
     def clear(self) -> None:
         """Remove every file with the name of a checkpoint, damaged and foreign ones too.
 
         Raises:
             OSError: one cannot be removed.
         """
-        for path in self._files_behind(-1):
+        for path in self.files():
             path.unlink(missing_ok=True)
 
     def _remove_old(self) -> None:
@@ -175,7 +183,7 @@ class CheckpointFolder:
     def _good(self) -> list[Summary]:
         """By their headers, in the order of their steps."""
         good = []
-        for path in self._files_behind(-1):
+        for path in self.files():
             if path not in self._damaged:
                 try:
                     good.append(read_summary(path))

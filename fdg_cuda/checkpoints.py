@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 from fdg_cuda.checkpoint import CheckpointFolder
 from fdg_cuda.checkpoint_file import Checkpoint
 from fdg_cuda.epoch import RunningEpoch
-from fdg_cuda.errors import CheckpointError
+from fdg_cuda.errors import CheckpointError, UnfinishedRunError
 from fdg_cuda.metrics import EpochResult
 from fdg_cuda.training_state import TrainingState
 
@@ -96,8 +97,9 @@ class Saver:
         """The recipe of the checkpoint that :meth:`go_on` goes on from; None: training starts anew.
 
         Raises:
-            CheckpointError: there are checkpoints, but none can be read, or they belong to an
-                unfinished run that is not to be gone on with.
+            CheckpointError: there are checkpoints, but none can be read, or a callback refuses
+                what is in the newest.
+            UnfinishedRunError: they belong to an unfinished run that is not to be gone on with.
         """
         settings = self._settings
         if settings.overwrite:
@@ -111,14 +113,12 @@ class Saver:
         if settings.resume:
             logger.info("going on from %s", found.path)
             self._found = found
+            with _does_not_fit(found.path):
+                self._state.check_callbacks(found.state)
             recipe: Mapping[str, Any] = found.state["recipe"]
             return recipe
         if not found.state.get("finished"):
-            raise CheckpointError(
-                f"{settings.folder} holds the checkpoints of an unfinished run ({found.path.name} is "
-                f"the newest). Go on with it (resume), delete them (overwrite), or choose another "
-                f"folder"
-            )
+            raise UnfinishedRunError(found.path)
         self._to_clear = True
         return None
 
@@ -142,10 +142,8 @@ class Saver:
         checkpoint, self._found = self._found, None
         if checkpoint is None:
             return None
-        try:
+        with _does_not_fit(checkpoint.path):
             epoch = self._state.apply(checkpoint.tensors, checkpoint.state)
-        except CheckpointError as error:
-            raise CheckpointError(f"{checkpoint.path} does not fit: {error}") from error
         self.newest, self._newest_step = checkpoint.path, checkpoint.step
         return epoch
 
@@ -185,3 +183,12 @@ class Saver:
             return None
         metric = self._settings.metric
         return -result.loss if metric is None else float(metric(result))
+
+
+@contextmanager
+def _does_not_fit(path: Path) -> Iterator[None]:
+    """A refusal names the file."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{path} does not fit: {error}") from error

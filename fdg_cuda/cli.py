@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -114,13 +115,19 @@ def _prepare(given: Given) -> Training:
 
 
 def _run(training: Training) -> int:
-    from fdg_cuda.errors import CheckpointError, LoaderWorkerError
+    from fdg_cuda.errors import CheckpointError, LoaderWorkerError, UnfinishedRunError
     from fdg_cuda.progress import make_console
     from fdg_cuda.report import summary_table
 
     console = make_console()
     try:
         outcome = training.run(console)
+    except UnfinishedRunError as error:
+        _complain(
+            f"{error.found}. Go on with it (--resume), delete them (--overwrite), or choose another "
+            f"folder (--out)"
+        )
+        return USER_ERROR
     except CheckpointError as error:
         _complain(str(error))
         return USER_ERROR
@@ -128,10 +135,20 @@ def _run(training: Training) -> int:
         _complain(f"{error} Here: --workers, --batch-size and --resume.")
         return FAILED
     except OSError as error:
-        _complain(f"the results cannot be written: {error}")
+        _complain(_not_written(error, training))
         return FAILED
     console.print(summary_table(training.summary(outcome)))
     return _verdict(outcome)
+
+
+def _not_written(error: OSError, training: Training) -> str:
+    what = error.filename or f"what belongs into {training.out}"
+    message = f"{what} cannot be written: {error.strerror or error}."
+    if training.resumable:
+        room = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        once = "there is room" if room else "it can be"
+        message += f" Once {once}, the same command with --resume goes on."
+    return message
 
 
 def _verdict(outcome: Outcome) -> int:

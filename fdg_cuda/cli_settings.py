@@ -34,11 +34,21 @@ class Given:
         """The command line's options over those of the file over the defaults.
 
         Raises:
-            ValueError: an option or the file cannot be understood.
-            OSError: the file cannot be read.
+            ValueError: an option or the file cannot be understood, or the file not be read.
         """
-        in_file = {} if self.config is None else read_values(self.config, options_of(Settings))
-        return Settings(**{**in_file, **accepted(self.words)})
+        return Settings(**{**self._in_file(), **accepted(self.words)})
+
+    def _in_file(self) -> dict[str, Any]:
+        if self.config is None:
+            return {}
+        try:
+            return read_values(self.config, options_of(Settings))
+        except FileNotFoundError:
+            raise ValueError(f"--config names {self.config}, and there is no such file") from None
+        except OSError as error:
+            raise ValueError(
+                f"--config names {self.config}, which cannot be read: {error.strerror}"
+            ) from None
 
 
 def takes_settings(command: Callable[[Given], None]) -> Callable[..., None]:

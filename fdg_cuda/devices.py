@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -18,8 +18,19 @@ NO_CUDA_PART = (
 Device = int | str | torch.device
 
 
-def parse_devices(devices: Sequence[Device]) -> list[torch.device]:
+def as_argument(devices: Sequence[int | str]) -> str:
+    """How ``devices`` are given in Python."""
+    return f"devices={list(devices)}"
+
+
+def parse_devices(
+    devices: Sequence[Device], written: Callable[[Sequence[int | str]], str] = as_argument
+) -> list[torch.device]:
     """One torch device per stage; integers are CUDA ordinals.
+
+    Args:
+        devices: the caller's.
+        written: how a message writes devices that would do.
 
     Raises:
         TypeError: not a sequence of devices.
@@ -40,7 +51,7 @@ def parse_devices(devices: Sequence[Device]) -> list[torch.device]:
             f"runner's stages are all on CUDA devices or all on the CPU"
         )
     if kinds == {"cuda"}:
-        _check_cuda(parsed)
+        _check_cuda(parsed, written)
     return parsed
 
 
@@ -65,13 +76,15 @@ def _parse(device: Device) -> torch.device:
     return parsed
 
 
-def _check_cuda(devices: Sequence[torch.device]) -> None:
+def _check_cuda(
+    devices: Sequence[torch.device], written: Callable[[Sequence[int | str]], str]
+) -> None:
     count = accelerator().count()
     missing = next((device for device in devices if device.index >= count), None)
     if missing is not None and count > 0:
         raise ValueError(
             f"device {missing.index} is not there: this machine has {count} CUDA devices, numbered from "
-            f"0 to {count - 1}. A device may be named more than once: {[0] * len(devices)}"
+            f"0 to {count - 1}. A device may be named more than once: {written([0] * len(devices))}"
         )
     has_cuda_part = "cuda" in _core.backends
     if missing is not None:
@@ -79,7 +92,7 @@ def _check_cuda(devices: Sequence[torch.device]) -> None:
         raise ValueError(
             f"device {missing.index} is a CUDA device, but torch sees none here; "
             f"`python -m fdg_cuda doctor` says why.{also} For stages on the processor: "
-            f"devices={['cpu'] * len(devices)}"
+            f"{written(['cpu'] * len(devices))}"
         )
     if not has_cuda_part:
         raise ValueError(f"device {devices[0].index}: {NO_CUDA_PART}; or use 'cpu'")

@@ -180,6 +180,24 @@ class CheckpointError(RuntimeError):
     """A checkpoint cannot be gone on from, or a folder cannot take one. The message names the path."""
 
 
+class UnfinishedRunError(CheckpointError):
+    """A folder holds the checkpoints of an unfinished run, which was not to be gone on with.
+
+    Attributes:
+        found: what there is, in words; what to do is said in other words on the command line.
+    """
+
+    def __init__(self, newest: Path) -> None:
+        self.found = (
+            f"{newest.parent} holds the checkpoints of an unfinished run ({newest.name} is the "
+            f"newest)"
+        )
+        super().__init__(
+            f"{self.found}. Go on with it (resume=True), delete them (overwrite=True), or choose "
+            f"another folder"
+        )
+
+
 class ModelCaptureError(RuntimeError):
     """A model's forward cannot be laid out as a chain, or not be cut as asked; or a batch does not fit
     what was laid out."""

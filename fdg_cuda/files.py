@@ -26,20 +26,22 @@ def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
             this returns, and was before it took its place.
 
     Raises:
-        OSError: the file cannot be written; what was there before still is.
+        OSError: the file cannot be written; what was there before still is. Its ``filename`` is
+            ``path`` where it was none (a full disk is met by a write, which knows no name).
     """
     remove_stale(path.parent, glob.escape(path.name))
-    temporary, descriptor = _locked_temporary(path)
-    try:
-        yield temporary
-        if durable:
-            os.fsync(descriptor)
-        os.replace(temporary, path)
-        if durable:
-            sync_folder(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-        os.close(descriptor)
+    with _said_of(path):
+        temporary, descriptor = _locked_temporary(path)
+        try:
+            yield temporary
+            if durable:
+                os.fsync(descriptor)
+            os.replace(temporary, path)
+            if durable:
+                sync_folder(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+            os.close(descriptor)
 
 
 def remove_stale(folder: Path, pattern: str) -> None:
@@ -76,6 +78,20 @@ def sync_folder(folder: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def _said_of(path: Path) -> Iterator[None]:
+    """Name ``path`` in an OSError without a name, or with that of its temporary file."""
+    try:
+        yield
+    except OSError as error:
+        name = os.path.basename(error.filename) if isinstance(error.filename, str) else ""
+        is_temporary = name.startswith(f".{path.name}.") and name.endswith(".part")
+        if error.errno is not None and (error.filename is None or is_temporary):
+            error.filename = str(path)
+            del error.filename2  # None would be shown
+        raise
 
 
 def _locked_temporary(path: Path) -> tuple[Path, int]:

@@ -79,6 +79,9 @@ class Reporting(Callback):
             self._log.flush()  # as its own state_dict does
         return {**self._training.state_dict(), "step": self._step}
 
+    def check_state(self, state: dict[str, Any]) -> None:
+        self._training.check_settings(state["settings"])
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._training.load_state_dict(state)
         self._step = state["step"]

@@ -261,6 +261,7 @@ class Settings:
                 meaningless. What the runner, the models or the data sets check is left to them.
         """
         settings = replace(self, **accepted(vars(self)))
+        settings._check_method()
         settings._check_optimizer()
         settings = replace(settings, lr=settings._lr())
         settings._check_schedule()
@@ -310,6 +311,13 @@ class Settings:
         from fdg_cuda.named_optimizer import default_lr
 
         return default_lr(self.optimizer)
+
+    def _check_method(self) -> None:
+        """As :meth:`_check_schedule`."""
+        if self.method == "bp" and self.beta != options_of(type(self))["beta"].default:
+            raise ValueError(
+                "--beta is for delayed gradients, and would do nothing with bp; leave it out"
+            )
 
     def _check_optimizer(self) -> None:
         """As :meth:`_check_schedule`."""

@@ -16,6 +16,7 @@ from rich.console import Console
 from torch import nn
 
 from fdg_cuda import __version__, data, lr_schedule, models, named_optimizer
+from fdg_cuda.checkpoint import CheckpointFolder
 from fdg_cuda.checkpoints import Checkpoints
 from fdg_cuda.devices import parse_devices
 from fdg_cuda.errors import CheckpointError, NonFiniteLossError, TrainingStopped
@@ -41,6 +42,7 @@ from fdg_cuda.trace_window import read_window
 from fdg_cuda.weights import finite, save_weights
 
 TEST_BATCH_SIZE = 512
+MOST_STAGES_MEANT = 16  # a single device of a higher number is no number of stages
 
 # In the folder of the results.
 TENSORBOARD, STAGES, TRACE, PICTURE = "tensorboard", "stages.csv", "trace.json", "trace.png"
@@ -87,7 +89,7 @@ class Training:
         if resume and not settings.checkpoints:
             raise ValueError("--resume and --no-checkpoints exclude each other; give one")
         devices, threads = settings.devices or (), settings.threads or 1
-        parsed = parse_devices(devices)  # before the data, which may take long to load
+        parsed = _parsed(devices)  # before the data, which may take long to load
         lr_schedule.check_name(settings.lr_schedule)
         named_optimizer.check(settings)
         self.out = Path(str(settings.out))
@@ -146,9 +148,7 @@ class Training:
         self._rows: list[EpochRow] = []
         self._saved_rows = 0
         self._files: list[str] = []
-        if self.out.exists() and not self.out.is_dir():
-            raise ValueError(f"--out {self.out} is a file; name a folder, which may exist or not")
-        self.out.mkdir(parents=True, exist_ok=True)
+        self._make_folder()
         self._stage_log = None
         if settings.log_stages is not None:
             self._stage_log = StageLog(self.out / STAGES, settings.log_stages, self._board)
@@ -168,6 +168,16 @@ class Training:
         """The settings with every default filled in, and the split once it is known."""
         split = self.runner.split
         return self._settings if split is None else replace(self._settings, split=tuple(split))
+
+    @property
+    def resumable(self) -> bool:
+        """Whether there are checkpoints to go on from."""
+        if self._checkpoints is None:
+            return False
+        try:
+            return bool(CheckpointFolder(self._checkpoints.folder).files())
+        except OSError:
+            return False
 
     def run(self, console: Console) -> Outcome:
         """Train to the end, or until Ctrl-C or a loss that is not finite, and write the files.
@@ -212,6 +222,18 @@ class Training:
                 self._file(name)
         return Outcome(status, self._rows, seconds, self._files, self.settings, message)
 
+    def _make_folder(self) -> None:
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:
+            raise ValueError(
+                f"--out {self.out} is a file; name a folder, which may exist or not"
+            ) from None
+        except OSError as error:
+            raise ValueError(
+                f"--out {self.out} cannot be made: {error.strerror}; name another folder"
+            ) from None
+
     @contextmanager
     def _tracing(self, console: Console) -> Iterator[None]:
         """Within it the ticks that the settings name are recorded."""
@@ -242,18 +264,17 @@ class Training:
         """What a checkpoint keeps of the run: its settings and rows."""
         return {"settings": self._with_effect(), "rows": [asdict(row) for row in self._rows]}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what :meth:`state_dict` gave.
+    def check_settings(self, theirs: dict[str, Any]) -> None:
+        """Whether the settings in what :meth:`state_dict` gave are those of this run.
 
         Raises:
-            CheckpointError: the settings were others.
+            CheckpointError: they were others.
         """
-        theirs, ours = state["settings"], self._with_effect()
-        table = options_of(Settings)
+        ours, table = self._with_effect(), options_of(Settings)
         different = [
-            f"{table[name].flag if name in table else name} was {theirs.get(name)} and is "
-            f"{ours.get(name)} now"
-            for name in sorted({*theirs, *ours})
+            f"{table[name].flag if name in table else name} was {_word(theirs.get(name))} and is "
+            f"{_word(ours.get(name))} now"
+            for name in dict.fromkeys((*table, *theirs))  # the model first, which decides others
             if theirs.get(name) != ours.get(name)
         ]
         if different:
@@ -261,6 +282,9 @@ class Training:
                 f"the run had other settings: {'; '.join(different)}. Give the same to go on, or "
                 f"begin anew with another --out or --overwrite"
             )
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` gave, with the same settings."""
         self._rows = [EpochRow(**row) for row in state["rows"]]
         self._saved_rows = len(self._rows)
 
@@ -356,6 +380,27 @@ class Training:
         stages = len(settings.devices or ())
         plural = "s" if stages != 1 else ""
         return f"{settings.model} on {settings.data}, {settings.method} in {stages} stage{plural}"
+
+
+def _parsed(devices: Sequence[int | str]) -> list[torch.device]:
+    """As :func:`parse_devices`, in the command line's words."""
+    try:
+        return parse_devices(devices, lambda would_do: f"--devices {','.join(map(str, would_do))}")
+    except ValueError as error:
+        number = devices[0]
+        # Which may have been meant as a number of stages.
+        if len(devices) == 1 and isinstance(number, int) and 2 <= number <= MOST_STAGES_MEANT:
+            stages = ",".join(["cpu"] * number)
+            raise ValueError(
+                f"{error}. devices is a list with one device per stage: for {number} stages such as "
+                f"{stages}"
+            ) from None
+        raise
+
+
+def _word(value: Any) -> str:
+    """A setting as JSON has it, as on a command line if it is a list."""
+    return (",".join(map(str, value)) or "''") if isinstance(value, list) else str(value)
 
 
 def _skipped(rows: Sequence[EpochRow]) -> str:

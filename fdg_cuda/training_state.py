@@ -202,6 +202,17 @@ class TrainingState:
 
     # -- applying -------------------------------------------------------------------------------
 
+    def check_callbacks(self, state: dict[str, Any]) -> None:
+        """Ask the callbacks whether what they kept fits, before anything is applied. Callbacks of other
+        kinds than there were are not asked; :meth:`apply` refuses those.
+
+        Raises:
+            CheckpointError: one of them refuses it.
+        """
+        for callback, kept in zip(self._parts.callbacks, state["callbacks"], strict=False):
+            if kept["kind"] == type(callback).__name__:
+                callback.check_state(from_plain(kept["state"]))
+
     def apply(self, tensors: Tensors, state: dict[str, Any]) -> RunningEpoch:
         """Go back to what :meth:`collect` saw; returns the epoch to go on with.
 
@@ -218,7 +229,9 @@ class TrainingState:
         try:
             parts.model.load_state_dict(weights)
         except RuntimeError as error:
-            raise CheckpointError(f"it is of another model: {error}") from error
+            raise CheckpointError(
+                f"it is of another model: {_differences(weights, parts.model) or error}"
+            ) from error
         with torch.no_grad():
             for name, buffer in _hidden_buffers(parts.model).items():
                 if f"buffer.{name}" in tensors:
@@ -344,6 +357,22 @@ def _plain_groups(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
         }
         for group in optimizer.param_groups
     ]
+
+
+def _differences(weights: Mapping[str, Any], model: nn.Module) -> str:
+    """The first few of what torch would list in full: a wall for a model of some size."""
+    entries = model.state_dict()
+    different = [f"{name} is new" for name in entries if name not in weights]
+    different += [f"{name} is no more" for name in weights if name not in entries]
+    different += [
+        f"{name} was of shape {tuple(weights[name].shape)} and is of {tuple(entry.shape)} now"
+        for name, entry in entries.items()
+        if isinstance(entry, Tensor)
+        and isinstance(weights.get(name), Tensor)
+        and weights[name].shape != entry.shape
+    ]
+    more = len(different) - MOST_NAMED
+    return "; ".join(different[:MOST_NAMED]) + (f"; and {more} more" if more > 0 else "")
 
 
 def _check_dtypes(tensors: Tensors, model: nn.Module) -> None:

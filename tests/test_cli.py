@@ -26,7 +26,7 @@ from fdg_cuda.settings import Settings
         ("--data cifar10", "--download"),
         ("--devices cpu,,cpu", "cpu,cpu or 0,1"),
         ("--devices gpu", "use 'cpu'"),
-        ("--devices 99", "'cpu'"),
+        ("--devices 99,99", "--devices "),
         ("--devices cpu,cpu,cpu,cpu,cpu", "at most 4 devices"),
         ("--beta 0", "above 0 and at most 1"),
         ("--beta 1.5", "above 0 and at most 1"),
@@ -46,6 +46,7 @@ from fdg_cuda.settings import Settings
         ("--threads 0", "at least 1"),
         ("--seed -1", "between 0"),
         ("--out occupied", "name a folder"),
+        ("--out occupied/out", "--out occupied/out cannot be made: Not a directory; name another"),
     ],
 )
 def test_wrong_input_is_one_line_with_the_remedy(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shlex
 import signal
 from pathlib import Path
@@ -186,17 +188,76 @@ def test_divergence_keeps_the_last_finite_weights(
     assert all(torch.equal(weights[key], begin[key]) for key in begin)
 
 
+@pytest.mark.parametrize(
+    ("named", "full_from", "resumable"),
+    [("metrics.csv", 0, False), ("metrics.csv", 1, True), ("curves.png", 0, True)],
+)
 def test_results_that_cannot_be_written(
     run_cli: Cli,
+    tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
+    named: str,
+    full_from: int,
+    resumable: bool,
+) -> None:
+    replace = os.replace
+
+    def full(source: Path, target: Path) -> None:
+        if target.name == named and full_from <= sum(known == named for known in asked):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        asked.append(target.name)
+        replace(source, target)
+
+    asked: list[str] = []
+    monkeypatch.setattr("fdg_cuda.files.os.replace", full)
+    run = f"{MLP} --epochs 2 --batch-size 512 --out out"
+    assert run_cli(run) == 1
+    errors = capfd.readouterr().err
+    assert f"out/{named} cannot be written: No space left on device." in errors
+    assert ("Once there is room, the same command with --resume goes on." in errors) == resumable
+    assert len(errors.splitlines()) == 1
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    assert not resumable or run_cli(f"{run} --resume") == 0
+    assert not resumable or len(metrics(tmp_path / "out")) == 2
+
+
+@pytest.mark.parametrize(
+    "changed",
+    ["--model resnet20", "--devices cpu,cpu,cpu", "--method bp", "--model resnet20 --split 6"],
+)
+def test_going_on_with_other_settings_names_them(
+    run_cli: Cli, capfd: pytest.CaptureFixture[str], changed: str
+) -> None:
+    run = f"{MLP} --epochs 1 --batch-size 512 --out out"
+    assert run_cli(run) == 0
+    capfd.readouterr()
+    assert run_cli(f"{run} --resume {changed}") == 2
+    errors = capfd.readouterr().err
+    option, value = changed.split()[:2]
+    was = {"--model": "mlp", "--devices": "cpu,cpu", "--method": "fdg"}[option]
+    assert f"had other settings: {option} was {was} and is {value} now" in errors
+    assert len(errors.splitlines()) == 1
+    assert "state_dict" not in errors
+
+
+def test_an_unfinished_run_is_told_in_the_command_lines_words(
+    run_cli: Cli, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: Any) -> None:
-        raise OSError(28, "No space left on device")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("fdg_cuda.train.write_metrics", full)
-    assert run_cli(f"{MLP} --epochs 1 --out out") == 1
-    assert "No space left" in capfd.readouterr().err
+    run = f"{MLP} --epochs 2 --batch-size 512 --checkpoint-every 1 --out out"
+    with monkeypatch.context() as patch:
+        patch.setattr("fdg_cuda.train.write_metrics", full)
+        assert run_cli(run) == 1
+    errors = capfd.readouterr().err
+    assert "what belongs into out cannot be written: No space left on device. Once" in errors
+    assert run_cli(run) == 2
+    errors = capfd.readouterr().err
+    assert "out/checkpoints holds the checkpoints of an unfinished run" in errors
+    assert "(--resume), delete them (--overwrite), or choose another folder (--out)" in errors
 
 
 def test_half_precision(run_cli: Cli, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

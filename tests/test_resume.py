@@ -286,7 +286,14 @@ def test_overwriting(tmp_path: Path) -> None:
     [
         ({"stages": 3}, "stages was 2 and is 3 now"),
         ({"method": "ddg"}, "method was 'fdg' and is 'ddg' now"),
-        ({"model": lambda: mlp(batch_norm=False)}, "another model"),
+        (
+            {"model": lambda: mlp(batch_norm=False)},
+            r"another model: (\S+ is no more; ){5}and 5 more$",
+        ),
+        (
+            {"model": lambda: nn.Sequential(*mlp()[:-1], nn.Linear(12, CLASSES + 1).double())},
+            rf"7.weight was of shape \({CLASSES}, 12\) and is of \({CLASSES + 1}, 12\) now",
+        ),
         ({"model": lambda: mlp().float()}, r"0.weight was torch.float64 and is torch.float32 now"),
         ({"every": 4}, "every was 3 and is 4 now"),
         (

@@ -148,6 +148,7 @@ ADAMW = {"optimizer": "AdamW"}
         ({**ADAMW, **COSINE, "min_lr": 0.01}, "--min-lr must be at most --lr, 0.001; got 0.01"),
         ({"no_decay": ("norm",), "weight_decay": 0.0}, "--no-decay would do nothing"),
         ({"clip_norm": 1.0, "clip_value": 1.0}, "--clip-norm and --clip-value exclude each other"),
+        ({"method": "bp", "beta": 0.3}, "--beta is .*would do nothing with bp; leave it out"),
         ({"optimizer": "adamw"}, "Unknown optimizer 'adamw'. Did you mean 'AdamW'"),
     ],
 )

@@ -164,7 +164,10 @@ def test_an_option_comes_before_the_file_and_the_file_before_the_default(
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("model = 3\nepoch = 1", "a.toml has 2 mistakes"), (None, "No such file")],
+    [
+        ("model = 3\nepoch = 1", "a.toml has 2 mistakes"),
+        (None, "--config names a.toml, and there is no"),
+    ],
 )
 def test_a_file_with_mistakes_is_one_line_and_no_run(
     run_cli: Cli,
@@ -181,6 +184,30 @@ def test_a_file_with_mistakes_is_one_line_and_no_run(
     assert "a.toml" in errors
     assert len(errors.splitlines()) == 1
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_file_that_cannot_be_read_is_one_of_config(
+    run_cli: Cli, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.toml").mkdir()
+    assert run_cli("train --config a.toml") == 2
+    assert "--config names a.toml, which cannot be read: Is a directory" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["devices = 3", "devices = [3]", 'devices = "3"'])
+def test_a_number_of_stages_is_no_list_of_devices(
+    run_cli: Cli,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    text: str,
+) -> None:
+    monkeypatch.setattr("fdg_cuda.accelerator.Accelerator.count", lambda _: 0)
+    (tmp_path / "a.toml").write_text(text)
+    assert run_cli("train --config a.toml") == 2
+    errors = capfd.readouterr().err
+    assert "one device per stage: for 3 stages such as cpu,cpu,cpu" in errors
+    assert "For stages on the processor: --devices cpu." in errors
 
 
 @pytest.mark.parametrize(
