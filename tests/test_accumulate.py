@@ -24,6 +24,9 @@ from torch import Tensor, nn
 from fdg_cuda import FDGRunner, NonFiniteLossError, reference
 from fdg_cuda.schedule import METHODS
 
+# Sums over threads are rounded otherwise than sums over none, and K stages share the threads.
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
+
 TOLERANCE = 1e-10
 
 
