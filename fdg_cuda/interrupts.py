@@ -107,9 +107,12 @@ class Interrupts:
             self._deliver_pending()
 
     def _deliver_pending(self) -> None:
-        while self._pending:
-            number = min(self._pending)  # a Ctrl-C before what is said of a worker
-            frame = self._pending.pop(number)
+        while pending := sorted(self._pending):
+            number = pending[0]  # a Ctrl-C before what is said of a worker
+            try:
+                frame = self._pending.pop(number)
+            except KeyError:  # delivered by the handler of a signal that came just now
+                continue
             try:
                 self._previous[number](number, frame)
             except BaseException as error:

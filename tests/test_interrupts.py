@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import pytest
 from chains import Batch, batches, even_split, largest_difference, mlp, oracle
@@ -28,6 +29,7 @@ from versions import (
 )
 
 import fdg_cuda
+from fdg_cuda.interrupts import Interrupts
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread", "seeded", "no_thread_left")
 
@@ -121,6 +123,33 @@ def test_ctrl_c_while_the_loader_is_read() -> None:
         runner.fit(loader())
     assert max(check_versions(model, [4], known)) <= 5
     runner.fit(batches(3))
+
+
+class Crossing(dict[int, Any]):
+    """Where the next signal comes when one was found here and is about to be taken out."""
+
+    crossed = False
+
+    def pop(self, *arguments: Any) -> Any:
+        if not self.crossed:
+            self.crossed = True
+            signal.raise_signal(signal.SIGCHLD)
+        return super().pop(*arguments)
+
+
+def test_two_children_that_end_at_the_same_time() -> None:
+    told: list[int] = []
+    before = signal.signal(signal.SIGCHLD, lambda number, _: told.append(number))
+    try:
+        with Interrupts() as interrupts:
+            interrupts._pending = Crossing()
+            interrupts.hold()
+            signal.raise_signal(signal.SIGCHLD)
+            assert told == []
+            interrupts.allow()
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    assert told == [signal.SIGCHLD]
 
 
 SCRIPT = """

@@ -58,6 +58,10 @@ def sgd(params: list[Any]) -> torch.optim.Optimizer:
     return torch.optim.SGD(params, lr=0.05, momentum=0.9, weight_decay=5e-4, nesterov=True)
 
 
+# A sign turns the rounding of a sum, which differs with the number of threads, into a whole step.
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
+
+
 class InPlace(torch.optim.Optimizer):
     """Signed descent that spoils its gradients, as some optimizers do."""
 

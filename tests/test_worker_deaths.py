@@ -72,7 +72,7 @@ def raises(index: int) -> None:
 
 
 @pytest.fixture(autouse=True)
-def no_process_left(no_thread_left: Callable[[], None]) -> Iterator[None]:
+def no_process_left(one_torch_thread: None, no_thread_left: Callable[[], None]) -> Iterator[None]:
     """Looked at before the threads, since it lets exceptions go that keep some."""
     with nothing_left():
         yield
