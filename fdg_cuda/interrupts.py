@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +23,8 @@ class Interrupts:
 
     The same holds for SIGCHLD, if something listens to it: torch raises an error in its handler when a
     worker of a ``DataLoader`` died. Once training is to stop it is not raised, since whatever stops this
-    process may have stopped its workers too.
+    process may have stopped its workers too. Nor is it raised while a temporary file is being opened
+    or closed: torch opens some where a worker falls silent, and one would be left.
 
     Args:
         graceful: the first SIGINT or SIGTERM only fills :attr:`stop_signal`. The second SIGINT is
@@ -90,7 +92,9 @@ class Interrupts:
             self._take_over(signal.SIGCHLD)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGCHLD:
+        if number == signal.SIGCHLD and handles_temporary_file(frame):
+            self._pending[number] = frame
+        elif number == signal.SIGCHLD:
             self._later(number, frame)
         elif self._graceful and self.stop_signal is None:
             self.stop_signal = signal.Signals(number).name
@@ -120,3 +124,11 @@ class Interrupts:
                     continue
                 self._delivered = True
                 raise
+
+
+def handles_temporary_file(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_globals is vars(tempfile):
+            return True
+        frame = frame.f_back
+    return False

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 from chains import CLASSES, FEATURES, Batch, batches, even_split, mlp, same_bits
+from crashes import Crash, CrashError
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler, TensorDataset
 
 from fdg_cuda import (
-    BatchResult,
     Callback,
     Checkpoints,
     EpochResult,
@@ -52,22 +52,6 @@ def runner_of(stages: int = 2, **options: Any) -> FDGRunner:
     return FDGRunner(
         model, ["cpu"] * stages, split=even_split(len(model), stages), lr=0.05, **options
     )
-
-
-class CrashError(Exception):
-    pass
-
-
-class Crash(Callback):
-    """As a process that dies behind its ``after``-th batch."""
-
-    def __init__(self, after: int) -> None:
-        self.left = after
-
-    def on_batch_end(self, result: BatchResult) -> None:
-        self.left -= 1
-        if self.left < 0:
-            raise CrashError
 
 
 def a_run(
@@ -344,6 +328,7 @@ def test_what_a_metric_raises_comes_out(tmp_path: Path) -> None:
 def test_a_checkpoint_gone_on_from_is_not_held(tmp_path: Path) -> None:
     class Held(Callback):
         def on_epoch_end(self, result: EpochResult) -> None:
+            gc.collect()  # what tests before this one left in cycles
             kinds = [type(each) for each in gc.get_objects()]
             assert Checkpoint not in kinds
 

@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 import torch
 from chains import CLASSES, FEATURES, Batch, cut, largest_difference, same_bits
+from crashes import Crash, CrashError
 from overflows import SPLIT, WIDTH, overflowing, single
 from refusals import refused
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fdg_cuda import BatchResult, Callback, Checkpoints, FDGRunner, NonFiniteLossError, reference
+from fdg_cuda import BatchResult, Checkpoints, FDGRunner, NonFiniteLossError, reference
 from fdg_cuda.loss_scale import LossScale
 from fdg_cuda.pipeline import MAX_TICKS_IN_FLIGHT
 
@@ -372,16 +373,6 @@ def test_where_no_scale_helps_training_stops(gradients: bool) -> None:
 # -- checkpoints ---------------------------------------------------------------------------------
 
 
-class Crash(Callback):
-    def __init__(self, after: int) -> None:
-        self.left = after
-
-    def on_batch_end(self, result: BatchResult) -> None:
-        self.left -= 1
-        if self.left < 0:
-            raise ZeroDivisionError
-
-
 def test_going_on_gives_the_same_bits(tmp_path: Path) -> None:
     """The scale, its count and the epoch's count of skipped updates go on, too."""
     data = spoiled(single(12), 1, 7)
@@ -405,7 +396,7 @@ def test_going_on_gives_the_same_bits(tmp_path: Path) -> None:
     assert expected["updates"].tolist() == [12, 12]
     for crash in (9, 20):
         folder = tmp_path / str(crash)
-        with pytest.raises(ZeroDivisionError):
+        with pytest.raises(CrashError):
             run(folder, crash)
         assert same_bits(run(folder, 100, resume=True), expected)
 

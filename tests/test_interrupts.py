@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 from chains import Batch, batches, even_split, largest_difference, mlp, oracle
 from in_thread import in_thread
+from leftovers import nothing_left
 from torch import Tensor, nn
 from versions import (
     LAYERS,
@@ -150,6 +152,36 @@ def test_two_children_that_end_at_the_same_time() -> None:
     finally:
         signal.signal(signal.SIGCHLD, before)
     assert told == [signal.SIGCHLD]
+
+
+def test_a_child_that_ends_leaves_no_temporary_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch opens ten where a worker falls silent; its handler raises wherever that is."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    make = vars(tempfile)["_mkstemp_inner"]
+
+    def interrupted(*arguments: Any) -> Any:
+        made = make(*arguments)
+        signal.raise_signal(signal.SIGCHLD)
+        return made
+
+    def died(number: int, frame: object) -> None:
+        raise RuntimeError("a worker died")
+
+    before = signal.signal(signal.SIGCHLD, died)
+    try:
+        with nothing_left(), Interrupts() as interrupts:
+            interrupts.allow()
+            with monkeypatch.context() as patch:
+                patch.setattr(tempfile, "_mkstemp_inner", interrupted)
+                with tempfile.NamedTemporaryFile():
+                    assert len(list(tmp_path.iterdir())) == 1
+            with pytest.raises(RuntimeError, match="a worker died"):
+                interrupts.allow()
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    assert not list(tmp_path.iterdir())
 
 
 SCRIPT = """

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from chains import CLASSES, FEATURES, batches, even_split, mlp, same_bits
+from crashes import Crash, CrashError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -40,22 +41,6 @@ class Augmented(Dataset[tuple[Tensor, int]]):
         x = x + torch.randn(FEATURES, dtype=torch.float64) * 0.1
         x = x * (1 + 0.1 * random.random()) + 0.1 * np.random.rand()
         return x, index % CLASSES
-
-
-class Crash(Callback):
-    """As a process that dies behind its ``after``-th batch."""
-
-    def __init__(self, after: int) -> None:
-        self.left = after
-
-    def on_batch_end(self, result: BatchResult) -> None:
-        self.left -= 1
-        if self.left < 0:
-            raise CrashError
-
-
-class CrashError(Exception):
-    pass
 
 
 class Counting(Callback):

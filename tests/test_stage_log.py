@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 from chains import batches, cut, even_split, mlp, same_bits
+from crashes import Crash, CrashError
 from torch import Tensor, nn
 
 from fdg_cuda import (
-    BatchResult,
     Callback,
     Checkpoints,
     FDGRunner,
@@ -213,20 +213,6 @@ def test_without_a_log_no_update_is_started_by_python(
 
 
 # -- the file -------------------------------------------------------------------------------------
-
-
-class CrashError(Exception):
-    pass
-
-
-class Crash(Callback):
-    def __init__(self, after: int) -> None:
-        self.left = after
-
-    def on_batch_end(self, result: BatchResult) -> None:
-        self.left -= 1
-        if self.left < 0:
-            raise CrashError
 
 
 @pytest.mark.parametrize("crash", [0, 2, 5, 8, 13])

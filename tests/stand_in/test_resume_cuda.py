@@ -8,29 +8,13 @@ from typing import Any
 import pytest
 import torch
 from chains import batches, even_split, mlp, same_bits
+from crashes import Crash, CrashError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from fdg_cuda import BatchResult, Callback, Checkpoints, FDGRunner
+from fdg_cuda import Checkpoints, FDGRunner
 
 EPOCHS, BATCHES, EVERY = 2, 5, 2
-
-
-class CrashError(Exception):
-    pass
-
-
-class Crash(Callback):
-    """As a process that dies behind its ``after``-th batch."""
-
-    def __init__(self, after: int | None) -> None:
-        self.after = after
-        self.seen = 0
-
-    def on_batch_end(self, result: BatchResult) -> None:
-        if self.seen == self.after:
-            raise CrashError
-        self.seen += 1
 
 
 def a_run(
