@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -98,6 +99,56 @@ def evaluate(
         if predictions is not None:
             lines["written"] = str(predictions)
         make_console().print(summary_table(lines))
+
+
+@app.command()
+def plan(
+    model: Annotated[
+        str,
+        typer.Option(
+            help="Network: resnet20 and the like, one of torchvision's such as resnet50, or "
+            "package.module:function, which makes yours."
+        ),
+    ] = "resnet20",
+    devices: Annotated[
+        str | None,
+        typer.Option(
+            help="Plan for one, two, ... of these: cpu,cpu or 0,1,2.",
+            show_default="the CUDA devices here, or a CPU stage per core",
+        ),
+    ] = None,
+    hardware: Annotated[
+        Path | None,
+        typer.Option(help="File that describes devices that need not be here, in their place."),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples per batch.")] = 128,
+    image: Annotated[str, typer.Option(help="Channels, height and width.")] = "3,32,32",
+    classes: Annotated[int, typer.Option(min=2, help="That the network tells apart.")] = 10,
+    backward_weights: Annotated[
+        str | None,
+        typer.Option(help="stash, current or replay.", show_default="the best of them"),
+    ] = None,
+    precision: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    out: Annotated[Path | None, typer.Option(help="Folder for plan.json and plan.png.")] = None,
+) -> None:
+    """Predict how fast K stages would train a model, for K = 1, 2, ...; nothing is trained."""
+    with _user_errors():
+        from fdg_cuda.plan_command import PlanOptions, make_plan
+        from fdg_cuda.plan_report import renderables, write_plan
+        from fdg_cuda.progress import make_console
+        from fdg_cuda.settings import accepted
+
+        given = None if devices is None else accepted({"devices": devices})["devices"]
+        options = PlanOptions(
+            model, given, hardware, batch_size, image, classes, backward_weights, precision
+        )
+        console = make_console()
+        planned = make_plan(options, console)
+        for renderable in renderables(planned):
+            console.print(renderable)
+        if out is not None:
+            files = write_plan(planned, out, shlex.join(["fdg-cuda", *sys.argv[1:]]))
+            console.print(f"written: {', '.join(map(str, files))}")
 
 
 @app.command()

@@ -38,7 +38,7 @@ def read_values(path: str | os.PathLike[str], table: Mapping[str, Option]) -> di
         OSError: the file cannot be read.
     """
     path = Path(path)
-    entries = _parse(path)
+    entries = parse_file(path)
     if entries.keys() >= RECORD and isinstance(entries["settings"], dict):
         entries = entries["settings"]
     values: dict[str, Any] = {}
@@ -62,7 +62,13 @@ def read_values(path: str | os.PathLike[str], table: Mapping[str, Option]) -> di
     return values
 
 
-def _parse(path: Path) -> dict[Any, Any]:
+def parse_file(path: Path) -> dict[Any, Any]:
+    """The entries of a TOML, YAML or JSON file, as it gives them.
+
+    Raises:
+        ValueError: another kind of file, one that is damaged, or that holds no names with values.
+        OSError: the file cannot be read.
+    """
     if path.suffix.lower() not in PARSERS:
         raise ValueError(f"a file of settings is told by its end, {', '.join(PARSERS)}; got {path}")
     content = path.read_bytes()

@@ -1,0 +1,153 @@
+"""A plan for people: tables, the predicted timeline as a picture, and all of it as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fdg_cuda.files import replacing
+from fdg_cuda.planning import Choice, Plan
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+TABLE, PICTURE = "plan.json", "plan.png"
+UNITS = ("B", "kB", "MB", "GB", "TB")
+
+
+def renderables(plan: Plan) -> Iterator[RenderableType]:
+    """What a rich console prints."""
+    from rich.table import Table
+
+    table = Table(
+        title=f"{plan.layers} layers, batches of {plan.batch_size}: speed beside BP on one device "
+        f"({milliseconds(plan.bp_seconds)} per batch)",
+        title_justify="left",
+    )
+    for heading in ("K", "mode", "ms per batch", "fdg", "ddg", "data parallel", "memory", "sent"):
+        table.add_column(heading, justify="left" if heading == "mode" else "right")
+    table.add_column("stages begin at", overflow="fold")
+    for row in plan.rows:
+        choice = row.choice
+        if choice is None:
+            table.add_row(str(row.stages), "none fits")
+            continue
+        table.add_row(
+            f"[bold]{row.stages}[/bold]" if choice is plan.recommended else str(row.stages),
+            choice.mode,
+            f"{1e3 * choice.tick_seconds:.3g}",
+            times(plan.speed_up(choice.tick_seconds)),
+            times(plan.speed_up(choice.ddg_seconds)),
+            times(plan.speed_up(choice.data_parallel_seconds)),
+            size(max(stage.memory_bytes for stage in choice.stages)),
+            size(max(stage.up_bytes + stage.down_bytes for stage in choice.stages)),
+            ", ".join(stage.begins_at for stage in choice.stages[1:]),
+        )
+    yield table
+    yield "memory, sent: of the stage with most; sent per batch, up and down"
+    for row in plan.rows:
+        if row.choice is None:
+            yield f"K = {row.stages}: {row.why_not}"
+    if plan.recommended is not None:
+        yield stages_table(plan.recommended)
+        yield f"recommended: {call(plan.recommended)}"
+
+
+def stages_table(choice: Choice) -> Any:
+    """The stages of one choice."""
+    from rich.table import Table
+
+    table = Table(title=f"K = {len(choice.stages)}, {choice.mode}", title_justify="left")
+    for heading in ("stage", "device", "begins at"):
+        table.add_column(heading, overflow="fold")
+    for heading in ("ms per batch", "busy", "memory", "sends up", "sends down"):
+        table.add_column(heading, justify="right")
+    for number, stage in enumerate(choice.stages):
+        table.add_row(
+            str(number),
+            stage.device,
+            stage.begins_at,
+            f"{1e3 * stage.seconds:.3g}",
+            f"{100 * stage.busy:.0f} %",
+            size(stage.memory_bytes),
+            size(stage.up_bytes),
+            size(stage.down_bytes),
+        )
+    return table
+
+
+def call(choice: Choice) -> str:
+    """How a runner is made for ``choice``, devices aside."""
+    split = f", split={list(choice.split)}" if choice.split else ""
+    return (
+        f"FDGRunner(model, devices=[...{len(choice.stages)} of them]{split}, "
+        f"backward_weights={choice.mode!r})"
+    )
+
+
+def write_plan(plan: Plan, folder: Path, command: str) -> list[Path]:
+    """``plan.json``, and ``plan.png`` if there is something to draw.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    from fdg_cuda.timeline_picture import draw
+
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [folder / TABLE]
+    with replacing(files[0]) as temporary:
+        temporary.write_text(json.dumps({"command": command, **as_dict(plan)}, indent=1) + "\n")
+    if plan.recommended is not None:
+        files.append(folder / PICTURE)
+        draw(files[1], plan.recommended.timeline)
+    return files
+
+
+def as_dict(plan: Plan) -> dict[str, Any]:
+    """All figures."""
+    recommended = plan.recommended
+    return {
+        "batch_size": plan.batch_size,
+        "layers": plan.layers,
+        "bp_seconds": plan.bp_seconds,
+        "recommended_stages": None if recommended is None else len(recommended.stages),
+        "rows": [
+            {"stages": row.stages, "why_not": row.why_not}
+            if row.choice is None
+            else {"stages": row.stages, **_choice_dict(plan, row.choice)}
+            for row in plan.rows
+        ],
+    }
+
+
+def _choice_dict(plan: Plan, choice: Choice) -> dict[str, Any]:
+    return {
+        "mode": choice.mode,
+        "split": list(choice.split),
+        "tick_seconds": choice.tick_seconds,
+        "speed_up": plan.speed_up(choice.tick_seconds),
+        "ddg_seconds": choice.ddg_seconds,
+        "data_parallel_seconds": choice.data_parallel_seconds,
+        "by_stage": [vars(stage) for stage in choice.stages],
+    }
+
+
+def milliseconds(seconds: float) -> str:
+    """``12.3 ms``."""
+    return f"{1e3 * seconds:.3g} ms"
+
+
+def times(ratio: float) -> str:
+    """``1.93 x``."""
+    return f"{ratio:.2f} x"
+
+
+def size(nbytes: float) -> str:
+    """``12.3 MB``; units of 1000."""
+    value, units = float(nbytes), list(UNITS)
+    while value >= 999.5 and len(units) > 1:
+        value /= 1e3
+        units.pop(0)
+    return f"{value:.3g} {units[0]}"
