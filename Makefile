@@ -38,6 +38,7 @@ bench: $(VENV)/developer ## every benchmark; writes benchmarks/results (a quiet 
 	$(BIN)/python -m pytest benchmarks --benchmark-json benchmarks/results/micro.json
 	$(BIN)/python -m benchmarks.overhead
 	$(BIN)/python -m benchmarks.memory
+	$(BIN)/python -m benchmarks.simulation
 	$(BIN)/python -m benchmarks.learning
 	$(BIN)/python -m benchmarks.tables
 

@@ -5,6 +5,7 @@
 #include <atomic>
 #include <chrono>
 #include <memory>
+#include <optional>
 #include <set>
 #include <string>
 #include <thread>
@@ -21,6 +22,7 @@
 #include "scheduler.h"
 #include "span.h"
 #include "trace/happens_before.h"
+#include "trace/simulation.h"
 #include "trace/trace_stream.h"
 
 namespace py = pybind11;
@@ -30,6 +32,11 @@ namespace {
 using fdg::at_exit;
 using fdg::GilRelease;
 using fdg::cpu::FlatSgd;
+using fdg::trace::Extent;
+using fdg::trace::PeriodicProgram;
+using fdg::trace::PeriodicStep;
+using fdg::trace::RingAccess;
+using fdg::trace::Simulation;
 
 // How long the host waits before it looks whether a signal (Ctrl-C) came in: less than the two
 // ticks within which training stops, but for nets so small that nobody would notice.
@@ -184,6 +191,20 @@ class PyScheduler {
   std::shared_ptr<fdg::Scheduler> scheduler_;
 };
 
+// Between two looks whether a signal (Ctrl-C) came in: some milliseconds.
+constexpr int64_t kActionsSimulatedAtOnce = 100'000;
+
+std::unique_ptr<Simulation> simulate(const PeriodicProgram& program, const Extent& extent) {
+  auto simulation = std::make_unique<Simulation>(program, extent);
+  const auto goes_on = [&] {
+    GilRelease no_gil;
+    return simulation->advance(kActionsSimulatedAtOnce);
+  };
+  while (goes_on())
+    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+  return simulation;
+}
+
 std::shared_ptr<FlatSgd> make_flat_sgd(const std::string& dtype, int stage,
                                        const fdg::PySegments& segments,
                                        std::vector<uintptr_t> weights, uintptr_t momentum,
@@ -320,6 +341,29 @@ PYBIND11_MODULE(_core, m) {
       .def_property_readonly("clean", &fdg::trace::Report::clean);
   m.def("check_happens_before", &fdg::trace::check_happens_before, py::arg("operations"),
         py::call_guard<GilRelease>());
+
+  py::class_<PeriodicStep>(m, "PeriodicStep")
+      .def(py::init([](int stream, double duration_s, int64_t offset, int64_t every,
+                       std::vector<RingAccess> reads, std::vector<RingAccess> writes) {
+             return PeriodicStep{stream, duration_s,       offset,
+                                 every,  std::move(reads), std::move(writes)};
+           }),
+           py::kw_only(), py::arg("stream"), py::arg("duration_s"), py::arg("offset"),
+           py::arg("every"), py::arg("reads"), py::arg("writes"));
+  py::class_<Simulation>(m, "SimulatedTimes")
+      .def_property_readonly("tick_ends_s", &Simulation::tick_ends_s)
+      .def_property_readonly("stream_busy_s", &Simulation::stream_busy_s)
+      .def_property_readonly("spans", &Simulation::spans);
+  m.def(
+      "simulate",
+      [](std::vector<PeriodicStep> steps, std::vector<int64_t> rings, int streams, int64_t batches,
+         int64_t ticks, std::optional<int> max_ticks_in_flight,
+         std::pair<int64_t, int64_t> window) {
+        return simulate({streams, std::move(rings), std::move(steps)},
+                        {batches, ticks, max_ticks_in_flight, window.first, window.second});
+      },
+      py::arg("steps"), py::kw_only(), py::arg("rings"), py::arg("streams"), py::arg("batches"),
+      py::arg("ticks"), py::arg("max_ticks_in_flight"), py::arg("window"));
 
   for (const auto bind : fdg::Extension::get().bindings) bind(m);
 }

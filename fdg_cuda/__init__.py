@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         AliasedParameterError,
         CheckpointError,
         LoaderWorkerError,
+        ModelCaptureError,
         NonFiniteLossError,
         TrainingStopped,
     )
@@ -40,6 +41,7 @@ __all__ = [
     "FitStart",
     "History",
     "LoaderWorkerError",
+    "ModelCaptureError",
     "NonFiniteLossError",
     "Shares",
     "StageLog",
@@ -64,6 +66,7 @@ _MODULES = {
     "FitStart": "fdg_cuda.callbacks",
     "History": "fdg_cuda.metrics",
     "LoaderWorkerError": "fdg_cuda.errors",
+    "ModelCaptureError": "fdg_cuda.errors",
     "NonFiniteLossError": "fdg_cuda.errors",
     "Shares": "fdg_cuda.shares",
     "StageLog": "fdg_cuda.stage_log",

@@ -177,6 +177,56 @@ class HappensBeforeReport:
 
 def check_happens_before(operations: Sequence[Operation]) -> HappensBeforeReport: ...
 
+class PeriodicStep:
+    """What happens on ``stream`` in every tick far from either end of an epoch, to the batch that
+    entered ``offset`` ticks ago; with ``every`` above 1 once for so many batches, with the last of them.
+
+    ``reads`` and ``writes``: (ring, shift); in tick t buffer ``(t + shift) % size`` of the ring.
+    """
+
+    def __init__(
+        self,
+        *,
+        stream: int,
+        duration_s: float,
+        offset: int,
+        every: int,
+        reads: Sequence[tuple[int, int]],
+        writes: Sequence[tuple[int, int]],
+    ) -> None: ...
+
+class SimulatedTimes:
+    """Seconds since the first action began, had there been any work."""
+
+    @property
+    def tick_ends_s(self) -> list[float]:
+        """[tick] when the last of its actions ended."""
+
+    @property
+    def stream_busy_s(self) -> list[float]:
+        """[stream] how long its actions were at work."""
+
+    @property
+    def spans(self) -> list[tuple[int, int, float, float]]:
+        """(index of the step, tick, begin, end) of the window, in the order of enqueuing."""
+
+def simulate(
+    steps: Sequence[PeriodicStep],
+    *,
+    rings: Sequence[int],
+    streams: int,
+    batches: int,
+    ticks: int,
+    max_ticks_in_flight: int | None,
+    window: tuple[int, int],
+) -> SimulatedTimes:
+    """When the actions of an epoch begin and end on streams whose waits are those of ``Scheduler``.
+
+    ``steps``: of one tick, in the order of enqueuing. ``rings``: how many buffers each has.
+    ``max_ticks_in_flight``: as of ``Scheduler``; None enqueues everything at once. ``window``: the ticks
+    whose spans are kept, the second excluded.
+    """
+
 # -- only where `backends` has "cuda" ---------------------------------------------------------------
 
 CUDA_HOST: int

@@ -12,19 +12,13 @@ from fdg_cuda.backward_weights import BackwardWeights
 BACKWARD_WEIGHTS = tuple(mode.value for mode in BackwardWeights)
 
 
-def check_stages(backward_weights: str, layers: int, devices: int) -> None:
+def check_backward_weights(value: str) -> None:
     """Raises:
-    ValueError: an unknown choice, or less layers than devices.
+    ValueError: an unknown choice.
     """
-    if backward_weights not in BACKWARD_WEIGHTS:
+    if value not in BACKWARD_WEIGHTS:
         raise ValueError(
-            f"backward_weights must be one of {', '.join(BACKWARD_WEIGHTS)}; got "
-            f"{backward_weights!r}"
-        )
-    if layers < devices:
-        raise ValueError(
-            f"the chain has {layers} layers, too few for {devices} stages; "
-            f"give at most {layers} devices, or a model with more children"
+            f"backward_weights must be one of {', '.join(BACKWARD_WEIGHTS)}; got {value!r}"
         )
 
 

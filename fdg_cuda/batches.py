@@ -103,6 +103,12 @@ class Batches:
         self._begun = chain([item], iterator)
         return check_batch(item, 0)
 
+    def begin_anew(self) -> None:
+        """The coming epoch's first batch was looked at too early: the loader will be asked for its
+        iterator again. One that gives its batches only once goes on with the batch looked at."""
+        if self._iterator is not self._loader:
+            self.close()
+
     def epoch(self, skip: int = 0, stopping: Callable[[], bool] = lambda: False) -> Iterator[Batch]:
         """The batches of the next epoch, without the first ``skip`` of them. A loader with
         ``iter_from`` need not make those. Once ``stopping`` they are passed over no further, and what

@@ -53,7 +53,7 @@ def capture(model: nn.Module, sample: Nested) -> GraphChain:
         ModelCaptureError: the forward cannot be followed, and the line at which; the sample does not
             fit; or parameters are such as cannot be trained here.
     """
-    _check_model(model)
+    check_capturable(model)
     check_nested(sample, "the sample")
     device = next((tensor.device for tensor in [*model.parameters(), *model.buffers()]), None)
     if device is not None:
@@ -248,7 +248,13 @@ def _same_tensor(one: Tensor, other: Tensor) -> bool:
 # -- models that cannot be trained here -------------------------------------------------------------
 
 
-def _check_model(model: nn.Module) -> None:
+def check_capturable(model: nn.Module) -> None:
+    """Whether ``model`` could be captured and trained, as far as that shows without a sample.
+
+    Raises:
+        TypeError: it is no module.
+        ModelCaptureError: it could not; the message says what to give.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"the model must be an nn.Module; got a {type(model).__name__}")
     kind = type(model).__name__

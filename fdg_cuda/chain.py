@@ -1,4 +1,4 @@
-"""A model as a chain of layers: what a runner can train, and what it refuses with the remedy."""
+"""What a runner can train of a model, and what it refuses, with the remedy."""
 
 from __future__ import annotations
 
@@ -10,69 +10,6 @@ import torch
 from torch import Tensor, nn
 
 TRAINABLE_DTYPES = (torch.float32, torch.float64)
-# Where a module keeps its hooks, and what people call those.
-HOOKS = {
-    "_forward_hooks": "forward hook",
-    "_forward_pre_hooks": "forward pre-hook",
-    "_backward_hooks": "backward hook",
-    "_backward_pre_hooks": "backward pre-hook",
-}
-
-
-def as_chain(model: nn.Sequential | Sequence[nn.Module]) -> nn.Sequential:
-    """``model`` as an ``nn.Sequential``; the same object if it is one already.
-
-    Raises:
-        TypeError: neither an ``nn.Sequential`` nor a list of modules.
-        ValueError: no layers.
-    """
-    if isinstance(model, nn.Sequential):
-        if type(model).forward is not nn.Sequential.forward:
-            raise TypeError(
-                f"{type(model).__name__} is an nn.Sequential with a forward of its own, which stages "
-                f"could not follow; give a plain nn.Sequential of layers"
-            )
-        chain = model
-    elif isinstance(model, str) or not isinstance(model, (nn.ModuleList, Sequence)):
-        raise TypeError(
-            f"the model must be an nn.Sequential, whose children are the chain of layers, or a list "
-            f"of modules; got a {type(model).__name__}. Write it as "
-            f"nn.Sequential(*layers), each layer taking one tensor and returning one."
-        )
-    else:
-        layers = list(model)
-        for number, layer in enumerate(layers):
-            if not isinstance(layer, nn.Module):
-                raise TypeError(
-                    f"layer {number} of the chain is no nn.Module but a {type(layer).__name__}"
-                )
-        chain = nn.Sequential(*layers)
-    if len(chain) == 0:
-        raise ValueError("the model has no layers")
-    return chain
-
-
-def check_unchanged(model: nn.Sequential, layers: Sequence[nn.Module]) -> None:
-    """Raises:
-    RuntimeError: the children of ``model`` are no longer ``layers``.
-    """
-    if [id(layer) for layer in model] != [id(layer) for layer in layers]:
-        raise RuntimeError(
-            "layers of the model were added, removed or replaced since this runner was made; "
-            "make a new FDGRunner for the changed model"
-        )
-
-
-def check_hooks(model: nn.Sequential) -> None:
-    """Raises:
-    ValueError: ``model`` itself, not one of its layers, has a hook.
-    """
-    for attribute, name in HOOKS.items():
-        if getattr(model, attribute, None):
-            raise ValueError(
-                f"the model itself has a {name}, which would not be called: stages call its layers "
-                f"one by one. Register it on a layer, model[0] or model[-1] say."
-            )
 
 
 def check_parameters(model: nn.Module, *, on_cpu: bool = True) -> None:
@@ -162,10 +99,12 @@ def check_shared(model: nn.Module, stages: Sequence[Sequence[nn.Module]]) -> Non
     for number, layers in enumerate(stages):
         for layer in layers:
             for tensor in (*layer.parameters(), *layer.buffers()):
+                if id(tensor) not in names:  # a captured stage's own: a copy, or never written into
+                    continue
                 first = owner.setdefault(id(tensor), number)
                 if first != number:
                     raise ValueError(
-                        f"{names.get(id(tensor), 'a tensor')} is shared by stages {first} and "
+                        f"{names[id(tensor)]} is shared by stages {first} and "
                         f"{number}, which would each train a copy of its own. Choose split so that "
                         f"the layers sharing it are in one stage, or give each its own parameter."
                     )

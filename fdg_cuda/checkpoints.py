@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,6 +121,10 @@ class Saver:
             raise UnfinishedRunError(found.path)
         self._to_clear = True
         return None
+
+    def naming_the_checkpoint(self) -> AbstractContextManager[None]:
+        """A refusal in the block names the file that :meth:`begin` found."""
+        return nullcontext() if self._found is None else _does_not_fit(self._found.path)
 
     def replace_old(self) -> None:
         """Delete the checkpoints that this run replaces, now that it works; later calls do nothing.

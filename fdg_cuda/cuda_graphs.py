@@ -24,11 +24,12 @@ from torch import Tensor, nn
 from fdg_cuda import _core
 from fdg_cuda.accelerator import Graph, accelerator
 from fdg_cuda.buffers import SavedBuffers
-from fdg_cuda.chain import HOOKS
 from fdg_cuda.cuda_stage import CudaStage
 from fdg_cuda.errors import CaptureError, DeviceOutOfMemoryError
+from fdg_cuda.graph_stage import modes_of
 from fdg_cuda.mail import Form, addresses, extent, laid_out_like, without_gaps, word
 from fdg_cuda.nested import Nested
+from fdg_cuda.torch_facts import has_hooks
 
 logger = logging.getLogger("fdg_cuda")
 
@@ -343,7 +344,7 @@ class StageGraphs:
         return [
             (
                 str(layer),
-                [module.training for module in layer.modules()],
+                modes_of(layer),
                 addresses(list(layer.buffers())),
                 [
                     (p.data_ptr(), p.requires_grad)
@@ -364,7 +365,7 @@ def _why_not(layers: Sequence[nn.Module]) -> str | None:
     """What speaks against capturing ``layers`` before it is tried."""
     for layer in layers:
         for module in layer.modules():
-            if any(getattr(module, hooks, None) for hooks in HOOKS):
+            if has_hooks(module):
                 return f"a {type(module).__name__} has hooks, which a graph would not call"
     return None
 

@@ -24,6 +24,7 @@ from fdg_cuda.layer_times import remembered
 from fdg_cuda.layout import replaying
 from fdg_cuda.loss_scale import LossScale
 from fdg_cuda.machine import Machine
+from fdg_cuda.model_chain import ModelChain
 from fdg_cuda.nested import Nested, moved
 from fdg_cuda.optim import DelayedOptimizer
 from fdg_cuda.pipeline import LossFunction, Pipeline
@@ -192,12 +193,12 @@ class CudaMachine(Machine):
         name = accelerator().name(ordinal)
         return remembered(layers, batch, 1, measured, device=name, precision=self.precision)
 
-    def forward(self, model: nn.Sequential, x: Nested) -> Tensor:
+    def forward(self, chain: ModelChain, x: Nested) -> Tensor:
         if not self._stages:
             # On the CPU, or where its layers were measured.
-            device = next(model.parameters()).device
+            device = next(chain.model.parameters()).device
             with self.precision.autocast(device.type):
-                output: Tensor = model(moved(x, device))
+                output: Tensor = chain.forward(moved(x, device))
             return output
         for stage in self._stages:
             x = moved(x, stage.device)
@@ -208,8 +209,8 @@ class CudaMachine(Machine):
         return result
 
     def inference(
-        self, model: nn.Sequential, batches: Iterator[Batch], finish: Finish, *, to_host: bool
+        self, chain: ModelChain, batches: Iterator[Batch], finish: Finish, *, to_host: bool
     ) -> Generator[Tensor, None, None]:
         if self._stages:
             return run_stages(self._stages, batches, finish, to_host=to_host)
-        return one_by_one(partial(self.forward, model), batches, finish, to_host=to_host)
+        return one_by_one(partial(self.forward, chain), batches, finish, to_host=to_host)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -14,7 +15,7 @@ from torch import nn
 from fdg_cuda.call_form import InputForm
 from fdg_cuda.errors import ModelCaptureError
 from fdg_cuda.graph_stage import Carried, GraphStage, Stretch
-from fdg_cuda.trace import Call, Ref, TensorInfo, Trace, leaves, sizes_needed
+from fdg_cuda.trace import Call, ModuleCall, Ref, TensorInfo, Trace, leaves, sizes_needed
 
 CutPoint = int | str
 
@@ -134,6 +135,18 @@ class GraphChain:
             f"{self._nearest(at)}"
         )
 
+    def point(self, cut: int) -> str:
+        """For people: the outermost submodule that :meth:`cut_at` finds this cut by; where none begins
+        there, what is called, and in which module."""
+        call = self._calls[self._begins[cut]]
+        named = dict(self.model.named_modules())
+        for path in (*call.stack, call.name):
+            if path and path in named:
+                with suppress(ModelCaptureError):
+                    if self.cut_at(path) == cut:
+                        return path
+        return f"{call.name} in {call.stack[-1] or 'the model'}"
+
     def crossing(self, cut: int) -> list[Crossing]:
         """What crosses the cut before piece ``cut``."""
         carried = self._carried(self._begins[cut])
@@ -183,16 +196,21 @@ class GraphChain:
         """Note the calls before which no cut can be made."""
         users: dict[str, list[int]] = {}
         changed: set[str] = set()
+        inside: set[str] = set()
         parameters = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
         for index, call in enumerate(self._calls):
             for name in call.uses:
                 users.setdefault(name, []).append(index)
             changed |= call.changes
+            if isinstance(call.target, ModuleCall):
+                # Of the buffers in a module that is called as a whole there is no copy for another
+                # stage.
+                inside |= call.uses
         for leaf in leaves(self._trace.output):
             if hasattr(leaf, "name"):
                 users.setdefault(leaf.name, []).append(len(self._calls) - 1)
         for name, indices in users.items():
-            if len(indices) > 1 and (name in parameters or name in changed):
+            if len(indices) > 1 and name in parameters | changed | inside:
                 reason = self._shared(
                     name, indices, "parameter" if name in parameters else "buffer"
                 )

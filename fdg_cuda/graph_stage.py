@@ -75,7 +75,8 @@ class GraphStage(nn.Module):
         # Not as submodules: they hold other stages' parameters too.
         self._owners: tuple[nn.Module, ...] = ()
         self._homes: dict[str, tuple[nn.Module, str]] = {}  # of the buffers, by our own names
-        self._copies: dict[str, int] = {}  # versions of what was copied, by our own names
+        # Id and version of what was copied, by our own names.
+        self._copies: dict[str, tuple[int, int]] = {}
         self._model = (model,)
         self._stretch = stretch
         self._named: dict[Any, str] = {}
@@ -83,18 +84,31 @@ class GraphStage(nn.Module):
 
     def forward(self, hop: Nested) -> Nested:
         if self._copies:
-            self.refresh()
+            self._copy_anew()
         return self._run(self, hop)
 
     def refresh(self) -> None:
-        """Copy anew what belongs to an earlier stage, if ``load_state_dict`` wrote into it."""
-        for name, version in self._copies.items():
+        """Follow the model's buffers: those that were replaced (``model.double()`` does), and what was
+        written into those that belong to an earlier stage."""
+        for name, (owner, key) in self._homes.items():
+            now, source = self._buffers[name], owner._buffers[key]
+            assert now is not None
+            if source is None or source is now:
+                continue
+            if name not in self._copies:
+                self._buffers[name] = source
+            elif (source.shape, source.dtype) != (now.shape, now.dtype):
+                self._buffers[name] = source.detach().to(now.device, copy=True)
+        self._copy_anew()
+
+    def _copy_anew(self) -> None:
+        for name, known in self._copies.items():
             owner, key = self._homes[name]
-            source = owner._buffers[key]
-            if source is not None and source._version != version:
+            source, copy = owner._buffers[key], self._buffers[name]
+            if source is not None and copy is not None and known != (id(source), source._version):
                 with torch.no_grad():
-                    self._buffers[name].copy_(source)  # type: ignore[union-attr]
-                self._copies[name] = source._version
+                    copy.copy_(source)
+                self._copies[name] = (id(source), source._version)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GraphStage:
         """Where a move replaces a buffer the model's module gets the new one too."""
@@ -188,7 +202,7 @@ class GraphStage(nn.Module):
         assert buffer is not None
         self._homes[name] = (owner, key)
         if copied:
-            self._copies[name] = buffer._version
+            self._copies[name] = (id(buffer), buffer._version)
             buffer = buffer.detach().clone()
         self.register_buffer(name, buffer, persistent=False)
 
@@ -203,3 +217,9 @@ class GraphStage(nn.Module):
     def extra_repr(self) -> str:
         works = sum(not isinstance(call.target, Decision) for call in self._stretch.calls)
         return f"{works} calls; .code shows them"
+
+
+def modes_of(layer: nn.Module) -> list[bool]:
+    """Of all modules whose mode ``layer`` may follow, whether they are in training mode."""
+    followed = layer._owners if isinstance(layer, GraphStage) else ()
+    return [module.training for module in (*layer.modules(), *followed)]

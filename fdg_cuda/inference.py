@@ -26,6 +26,7 @@ from fdg_cuda.nested import Nested, check_nested, cloned, moved, sample_count, t
 
 if TYPE_CHECKING:
     from fdg_cuda.machine import Machine
+    from fdg_cuda.model_chain import ModelChain
     from fdg_cuda.pipeline import LossFunction
 
 # (the model's output, the target on its device) -> what is wanted of them, one tensor.
@@ -34,9 +35,9 @@ END = object()
 
 
 def evaluate(
-    machine: Machine, model: nn.Sequential, loader: Loader, loss_fn: LossFunction
+    machine: Machine, chain: ModelChain, loader: Loader, loss_fn: LossFunction
 ) -> Evaluation:
-    """Loss and accuracy of ``model`` over ``loader``, averaged over samples.
+    """Loss and accuracy of the model over ``loader``, averaged over samples.
 
     Raises:
         TypeError, ValueError: the loader gives no (input, target) pairs.
@@ -54,8 +55,8 @@ def evaluate(
             loss = check_scalar(loss_fn(output, target)).to(output.device)
         return torch.stack([loss.double().reshape(()), correct_on_device(output, target)])
 
-    with _awaited(), Interrupts() as interrupts, _evaluation_mode(model):
-        results = machine.inference(model, entering(), finish, to_host=True)
+    with _awaited(), Interrupts() as interrupts, _evaluation_mode(chain.model):
+        results = machine.inference(chain, entering(), finish, to_host=True)
         with closing(results), interrupts.allowed():
             for result in results:
                 loss, correct = result.tolist()
@@ -64,8 +65,8 @@ def evaluate(
     return average.result()
 
 
-def predict(machine: Machine, model: nn.Sequential, x: Nested) -> Tensor:
-    """``model``'s output for ``x``, on the device of ``x``.
+def predict(machine: Machine, chain: ModelChain, x: Nested) -> Tensor:
+    """The model's output for ``x``, on the device of ``x``.
 
     Raises:
         TypeError, ValueError: ``x`` is no input of a chain.
@@ -74,21 +75,21 @@ def predict(machine: Machine, model: nn.Sequential, x: Nested) -> Tensor:
         check_nested(x, "predict takes the input of one batch, which")
     except TypeError as error:
         raise TypeError(f"{error} For a loader: runner.predict_batches(loader).") from None
-    with _evaluation_mode(model), torch.no_grad():
-        return machine.forward(model, cloned(x)).to(home_of(x))
+    with _evaluation_mode(chain.model), torch.no_grad():
+        return machine.forward(chain, cloned(x)).to(home_of(x))
 
 
 def predict_batches(
-    machine: Machine, model: nn.Sequential, loader: Loader
+    machine: Machine, chain: ModelChain, loader: Loader
 ) -> Generator[Tensor, None, None]:
-    """``model``'s output for each batch of ``loader``, in order, each on the device of its input.
+    """The model's output for each batch of ``loader``, in order, each on the device of its input.
 
     Raises:
         TypeError, ValueError: the loader gives no inputs.
     """
     batches = ((x, None) for x in only_inputs(loader))
-    with _evaluation_mode(model):
-        results = machine.inference(model, batches, lambda output, _: output, to_host=False)
+    with _evaluation_mode(chain.model):
+        results = machine.inference(chain, batches, lambda output, _: output, to_host=False)
         with closing(results):
             while True:
                 # Not around the yield: between two outputs the caller is at work.

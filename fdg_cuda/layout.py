@@ -36,6 +36,7 @@ from fdg_cuda.backward_weights import BackwardWeights
 from fdg_cuda.schedule import Action, Kind, Schedule
 
 INBOX_HALVES = 2
+PER_SLOT = "wh"  # of the buffers with a number behind the dot; the others have a half each
 
 
 class Transfer(Enum):
@@ -81,6 +82,14 @@ class Layout(Protocol):
 
     def steps(self, action: Action) -> Iterator[Step]:
         """What ``action`` consists of, in an order in which it could run one by one."""
+
+
+def copies(buffer: str, schedule: Schedule) -> int:
+    """How many buffers of the kind of ``buffer`` take turns with the batches, itself included."""
+    base, dot, _ = buffer.partition(".")
+    if not dot:
+        return 1
+    return schedule.slots(int(base[1:])) if base[0] in PER_SLOT else INBOX_HALVES
 
 
 def replaying(schedule: Schedule, mode: BackwardWeights) -> set[int]:

@@ -21,6 +21,7 @@ from fdg_cuda.inference import Finish, one_by_one
 from fdg_cuda.interrupts import Interrupts
 from fdg_cuda.layer_times import remembered
 from fdg_cuda.loss_scale import LossScale
+from fdg_cuda.model_chain import ModelChain
 from fdg_cuda.nested import Nested
 from fdg_cuda.optim import DelayedOptimizer
 from fdg_cuda.pipeline import LossFunction, Pipeline
@@ -76,21 +77,21 @@ class Machine(ABC):
         """Seconds each layer takes for forward plus backward on one of the devices."""
 
     @abstractmethod
-    def forward(self, model: nn.Sequential, x: Nested) -> Tensor:
-        """``model``'s output for ``x``, wherever its layers are."""
+    def forward(self, chain: ModelChain, x: Nested) -> Tensor:
+        """The model's output for ``x``, wherever its layers are; stage by stage if there are stages."""
 
     @abstractmethod
     def inference(
-        self, model: nn.Sequential, batches: Iterator[Batch], finish: Finish, *, to_host: bool
+        self, chain: ModelChain, batches: Iterator[Batch], finish: Finish, *, to_host: bool
     ) -> Generator[Tensor, None, None]:
-        """What ``finish`` makes of ``model``'s output and the target of each batch, in order.
+        """What ``finish`` makes of the model's output and the target of each batch, in order.
 
         Reads a bounded number of batches ahead. The results do not depend on timing. If the first batch
         draws random numbers, all are drawn as by a plain pass batch after batch. Closed (as a generator
         is) before its end, it leaves nothing running.
 
         Args:
-            model: what the stages were made of, in evaluation mode.
+            chain: what the stages were made of, in evaluation mode.
             to_host: whether results come to the host; else to where their inputs are.
         """
 
@@ -165,15 +166,20 @@ class CpuMachine(Machine):
 
         return remembered(layers, batch, threads, measured, precision=self.precision)
 
-    def forward(self, model: nn.Sequential, x: Nested) -> Tensor:
+    def forward(self, chain: ModelChain, x: Nested) -> Tensor:
         with self.precision.autocast("cpu"):
-            output: Tensor = model(x)
+            if not self._stages:
+                x = chain.forward(x)
+            for stage in self._stages:
+                for layer in stage.layers:
+                    x = layer(x)
+        output: Tensor = x
         return output
 
     def inference(
-        self, model: nn.Sequential, batches: Iterator[Batch], finish: Finish, *, to_host: bool
+        self, chain: ModelChain, batches: Iterator[Batch], finish: Finish, *, to_host: bool
     ) -> Generator[Tensor, None, None]:
-        plainly = partial(one_by_one, partial(self.forward, model), finish=finish, to_host=to_host)
+        plainly = partial(one_by_one, partial(self.forward, chain), finish=finish, to_host=to_host)
         # In "bp" one stage at a time is at work, with all cores: nothing else is done here.
         if len(self._stages) < 2 or self.schedule.method == "bp" or _caller_has_settings():
             yield from plainly(batches)

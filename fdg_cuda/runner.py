@@ -1,9 +1,8 @@
-"""FDGRunner: trains a chain of layers split over several devices with delayed gradients."""
+"""FDGRunner: trains a model split over several devices with delayed gradients."""
 
 from __future__ import annotations
 
 import copy
-import itertools
 import logging
 import os
 import threading
@@ -13,20 +12,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fdg_cuda._core import fit_begins, fit_ends
-from fdg_cuda.arguments import check_fit, check_loss, check_stages
+from fdg_cuda.arguments import check_backward_weights, check_fit, check_loss
 from fdg_cuda.backward_weights import BackwardWeights
 from fdg_cuda.batches import Batches, Loader
 from fdg_cuda.callbacks import Callback, FunctionCallback, check_callbacks, measures_of
-from fdg_cuda.chain import (
-    as_chain,
-    check_hooks,
-    check_parameters,
-    check_shared,
-    check_unchanged,
-)
+from fdg_cuda.chain import check_parameters
 from fdg_cuda.checkpoints import Checkpoints, Saver, as_checkpoints
 from fdg_cuda.devices import Device, parse_devices
 from fdg_cuda.factory import Factory
@@ -51,8 +44,8 @@ from fdg_cuda.precision import parse_precision
 from fdg_cuda.recorder import Recorder
 from fdg_cuda.schedule import Schedule
 from fdg_cuda.shares import Shares
-from fdg_cuda.split import balance, check_split
 from fdg_cuda.stage import Stage
+from fdg_cuda.staged_model import Model, StagedModel, chain_of
 from fdg_cuda.timeline import Timeline
 from fdg_cuda.training_state import Parts, TrainingState
 from fdg_cuda.update_measures import UpdateMeasures
@@ -67,13 +60,21 @@ class FDGRunner:
     """Trains ``model`` split into ``len(devices)`` stages, one per device, with delayed gradients.
 
     Args:
-        model: an ``nn.Sequential`` (its children are the chain) or a list of modules, each taking
-            one tensor and returning one.
+        model: any ``nn.Module``, or a list of modules that are called one behind the other. An
+            ``nn.Sequential`` and a list are cut between their layers. Of any other module the forward
+            is captured, see docs/capture.md, and cut between its calls; a batch's input that is a
+            tuple or list is its positional arguments if it takes several, a dict its keyword
+            arguments if these are their names.
         devices: one per stage; integers are CUDA ordinals, strings torch device names; repeats are
             allowed (``["cpu", "cpu"]``, ``[0, 0, 1, 1]``); all of one kind.
         method: ``"fdg"`` (Zhuang et al., TNNLS 2021), ``"ddg"`` (Huo et al., ICML 2018) or ``"bp"``.
-        split: the children at which stages 1, 2, ... begin. None: where the measured times of
-            forward and backward balance best, on the first batch of the first ``fit``.
+        split: where stages 1, 2, ... begin: numbers of the children, or of the pieces of a captured
+            model. None: where the measured times of forward and backward balance best, on the first
+            batch of the first ``fit``.
+        split_points: in place of ``split``, names of submodules with which stages 1, 2, ... begin:
+            ``["layer2.0", "layer3"]``; of an ``nn.Sequential`` names of its children.
+        sample: a batch's input, to capture the model on now. None: the input of the first batch of
+            the first ``fit``. An ``nn.Sequential`` or a list needs none.
         loss_fn: ``(output, target) -> scalar``, a mean over samples; default cross-entropy.
         optimizer: makes the torch optimizer of each stage from a list of its parameters (or of groups
             of them, with ``param_groups``): ``lambda params: torch.optim.AdamW(params, lr=3e-4)``.
@@ -118,17 +119,20 @@ class FDGRunner:
 
     Raises:
         TypeError, ValueError: an argument that cannot work; the message says what would.
+        ModelCaptureError: a model that cannot be captured, or not be cut as asked.
     """
 
     optimizer: DelayedOptimizer
 
     def __init__(
         self,
-        model: nn.Sequential | Sequence[nn.Module],
+        model: Model,
         devices: Sequence[Device],
         *,
         method: str = "fdg",
         split: Sequence[int] | None = None,
+        split_points: Sequence[str] | None = None,
+        sample: Nested = None,
         loss_fn: LossFunction | None = None,
         optimizer: Factory | None = None,
         lr: float = LR,
@@ -146,8 +150,8 @@ class FDGRunner:
         cpu_threads: int | None = None,
         graphs: str | bool = "auto",
     ) -> None:
-        self._model = as_chain(model)
-        self._layers = list(self._model)
+        chain = chain_of(model)
+        self._model = chain.model
         check_options(graphs, cpu_threads)
         self._precision = parse_precision(precision, self._model)
         scaled = self._precision.scales_loss
@@ -155,8 +159,7 @@ class FDGRunner:
         self._loss_scale = make_loss_scale(initial_loss_scale, scaled=scaled)
         self._devices = parse_devices(devices)
         self._schedule = Schedule(method, len(self._devices), accumulate)
-        check_stages(backward_weights, len(self._layers), len(self._devices))
-        check_hooks(self._model)
+        check_backward_weights(backward_weights)
         check_parameters(self._model, on_cpu=self._devices[0].type == "cpu")
         self._machine = make_machine(
             self._devices,
@@ -181,23 +184,29 @@ class FDGRunner:
             beta=beta,
             param_groups=param_groups,
         )
-        self._split: list[int] | None = None
-        self._stages: list[Stage] = []
+        self._staged = StagedModel(
+            chain, self._machine, len(self._devices), split=split, split_points=split_points
+        )
         self._history: History | None = None
         self._fit: Fit | None = None  # while one is running
         self._predicting = False  # an iterator of predict_batches is not at its end
         self._recorder: Recorder | None = None  # inside a `with runner.trace()`
-        if split is not None:
-            self._cut(check_split(split, len(self._layers), len(self._devices)))
-        elif len(self._devices) == 1:
-            self._cut([])
+        if sample is not None:
+            self._staged.lay_out(sample)
 
     # -- what the runner is ---------------------------------------------------------------------
 
     @property
     def split(self) -> list[int] | None:
-        """Children at which stages 1, 2, ... begin; None before the first batch was measured."""
-        return None if self._split is None else list(self._split)
+        """Layers (children, or pieces of a captured model) at which stages 1, 2, ... begin; None
+        before the model was cut, which may take the first batch."""
+        return None if self._staged.split is None else list(self._staged.split)
+
+    @property
+    def split_points(self) -> list[str] | None:
+        """What begins there, for people: submodules' names, or, where none begins, the function that
+        is called and in which module. None before the model was cut."""
+        return self._staged.split_points
 
     @property
     def schedule(self) -> Schedule:
@@ -207,7 +216,7 @@ class FDGRunner:
     @property
     def stages(self) -> list[Stage]:
         """The stages, in order; empty before the model was cut."""
-        return list(self._stages)
+        return list(self._staged.stages)
 
     @property
     def precision(self) -> str:
@@ -233,7 +242,7 @@ class FDGRunner:
 
     def __repr__(self) -> str:
         devices = ", ".join(map(str, self._devices))
-        return f"FDGRunner({self._schedule.method!r} on {devices}, split={self._split})"
+        return f"FDGRunner({self._schedule.method!r} on {devices}, split={self.split})"
 
     def state_dict(self) -> dict[str, Tensor]:
         """A copy of the model's weights and buffers, with the model's own keys, on the CPU."""
@@ -318,7 +327,7 @@ class FDGRunner:
         self._history = history = History()
         if epochs == 0:
             return history
-        if not any(module.training for module in self._layers):
+        if not self._staged.chain.is_training:
             logger.info("the model was in evaluation mode; fit() puts it in training mode")
             self._model.train()
         state = saver = None
@@ -327,11 +336,8 @@ class FDGRunner:
             recipe = partial(self._recipe, settings.every)
             state = self._state(recipe, loader, lr_scheduler, listeners, history)
             saver = Saver(settings, state, epochs)
-            kept_recipe = saver.begin()
-            if kept_recipe is not None and not self._stages:
-                self._cut_as_in(kept_recipe)
         batches = Batches(loader, epochs, state.before_reading if state else lambda: None)
-        self._balance(batches)
+        self._staged.cut(batches, self._loss_fn, saver)
         fit = Fit(
             partial(self._pipeline, measures),
             batches,
@@ -339,7 +345,7 @@ class FDGRunner:
             optimizer=self.optimizer,
             history=history,
             callbacks=listeners,
-            before_epoch=lambda: self._refuse_while_running("an epoch"),
+            before_epoch=self._before_epoch,
             lr_scheduler=lr_scheduler,
             lr_step=lr_step,
             state=state,
@@ -356,6 +362,10 @@ class FDGRunner:
             if not in_main_thread:
                 fit_ends()
         return history
+
+    def _before_epoch(self) -> None:
+        self._refuse_while_running("an epoch")
+        self._staged.chain.check_unchanged()
 
     def stop(self) -> None:
         """End a running ``fit`` early: no more batches enter, those under way are trained, and ``fit``
@@ -376,7 +386,7 @@ class FDGRunner:
             Parts(
                 recipe=recipe,
                 model=self._model,
-                stages=lambda: self._stages,
+                stages=lambda: self._staged.stages,
                 optimizer=self.optimizer,
                 loss_scale=self._loss_scale,
                 lr_scheduler=lr_scheduler,
@@ -393,9 +403,8 @@ class FDGRunner:
             every: batches between two drains.
         """
         return {
+            **self._staged.recipe(),
             "method": self._schedule.method,
-            "stages": self._schedule.stages,
-            "split": self._split,
             "backward_weights": self._backward_weights,
             "precision": self._precision.value,
             "optimizer": self.optimizer.kind,
@@ -404,10 +413,6 @@ class FDGRunner:
             "clip_value": self._rule.clip_value,
             "every": every,
         }
-
-    def _cut_as_in(self, recipe: Mapping[str, Any]) -> None:
-        if recipe["stages"] == len(self._devices):  # else it will be refused
-            self._cut(check_split(recipe["split"], len(self._layers), len(self._devices)))
 
     @contextmanager
     def _pipeline(
@@ -463,23 +468,8 @@ class FDGRunner:
 
     def _check_model(self) -> None:
         """What a caller may have changed since the runner was made."""
-        self._check_chain()
-        check_parameters(self._model, on_cpu=self._devices[0].type == "cpu")
-        check_shared(self._model, [stage.layers for stage in self._stages])
+        self._staged.check(on_cpu=self._devices[0].type == "cpu")
         self.optimizer.follow(self._model)
-
-    def _balance(self, batches: Batches) -> None:
-        if self._stages:
-            return
-        times = self._machine.layer_times(self._layers, batches.first(), self._loss_fn)
-        self._cut(balance(times, len(self._devices)))
-
-    def _cut(self, split: list[int]) -> None:
-        bounds = [0, *split, len(self._layers)]
-        parts = [self._layers[a:b] for a, b in itertools.pairwise(bounds)]
-        check_shared(self._model, parts)
-        self._split, self._stages = split, list(self._machine.make_stages(parts))
-        logger.info("stages begin at layers %s", [0, *split])
 
     # -- inference ------------------------------------------------------------------------------
 
@@ -493,8 +483,8 @@ class FDGRunner:
             TypeError, ValueError: as for ``fit``, if the loader gives no (input, target) pairs.
         """
         self._refuse_while_running("evaluate")
-        self._check_chain()
-        return evaluate(self._machine, self._model, loader, self._loss_fn)
+        self._staged.chain.check_unchanged()
+        return evaluate(self._machine, self._staged.chain, loader, self._loss_fn)
 
     def predict(self, x: Nested) -> Tensor:
         """The model's output for ``x``, an input of the chain, in evaluation mode, without gradient,
@@ -504,8 +494,8 @@ class FDGRunner:
             TypeError, ValueError: ``x`` is no tensor, nested or not, or holds no samples.
         """
         self._refuse_while_running("predict")
-        self._check_chain()
-        return predict(self._machine, self._model, x)
+        self._staged.chain.check_unchanged()
+        return predict(self._machine, self._staged.chain, x)
 
     def predict_batches(self, loader: Loader) -> Iterator[Tensor]:
         """The model's outputs for the batches of ``loader``, in order, as an iterator: in evaluation
@@ -523,20 +513,16 @@ class FDGRunner:
             TypeError, ValueError: while iterating, where the loader gives no inputs.
         """
         self._refuse_while_running("predict_batches")
-        self._check_chain()
+        self._staged.chain.check_unchanged()
         return self._predict_batches(loader)
 
     def _predict_batches(self, loader: Loader) -> Iterator[Tensor]:
         self._refuse_while_running("predict_batches")
         self._predicting = True
         try:
-            yield from predict_batches(self._machine, self._model, loader)
+            yield from predict_batches(self._machine, self._staged.chain, loader)
         finally:
             self._predicting = False
-
-    def _check_chain(self) -> None:
-        check_unchanged(self._model, self._layers)
-        check_hooks(self._model)
 
     def _refuse_while_running(self, what: str) -> None:
         if self._predicting and what not in CHANGES_NOTHING:

@@ -225,9 +225,8 @@ def test_a_finished_run_has_nothing_to_go_on_with(tmp_path: Path) -> None:
 
 def test_the_measured_cut_is_that_of_the_checkpoint(tmp_path: Path) -> None:
     def fit(resume: bool, crash: int) -> FDGRunner:
-        runner = FDGRunner(mlp(layers=11), ["cpu", "cpu"])
-        if not resume:
-            runner._cut([9])  # one that no measurement would find
+        split = None if resume else [9]  # one that no measurement would find
+        runner = FDGRunner(mlp(layers=11), ["cpu", "cpu"], split=split)
         runner.fit(
             batches(5),
             2,

@@ -1,0 +1,92 @@
+"""The children of an ``nn.Sequential`` as a chain."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+from torch import nn
+
+from fdg_cuda.model_chain import ModelChain, check_own_hooks
+from fdg_cuda.names import did_you_mean
+from fdg_cuda.nested import Nested
+from fdg_cuda.split import check_split
+
+MOST_NAMED = 8  # children in one message
+
+
+class LayerChain(ModelChain):
+    """
+    Raises:
+        ValueError: ``model`` has no layers, or a hook of its own.
+    """
+
+    def __init__(self, model: nn.Sequential) -> None:
+        if len(model) == 0:
+            raise ValueError("the model has no layers")
+        self.model: nn.Sequential = model
+        self._layers = list(model)
+        self._check_hooks()
+
+    @property
+    def is_laid_out(self) -> bool:
+        return True
+
+    def lay_out(self, sample: Nested) -> None:
+        """The layers are known without."""
+
+    @property
+    def layers(self) -> Sequence[nn.Module]:
+        return self._layers
+
+    @property
+    def pieces(self) -> None:
+        return None
+
+    def check_length(self, stages: int) -> None:
+        count = len(self._layers)
+        if count < stages:
+            raise ValueError(
+                f"the chain has {count} layers, too few for {stages} stages; "
+                f"give at most {count} devices, or a model with more children"
+            )
+
+    def cut_at(self, point: str) -> int:
+        names = list(self.model._modules)
+        if point in names:
+            return names.index(point)
+        child, _, inside = point.partition(".")
+        if inside and child in names:
+            raise ValueError(
+                f"split_points: {point!r} lies inside of {child!r}, and an nn.Sequential is cut between "
+                f"its children only; the nearest is {child!r}"
+            )
+        shown = ", ".join(names[:MOST_NAMED]) + (", ..." if len(names) > MOST_NAMED else "")
+        raise ValueError(
+            f"split_points: the model has no child {point!r}; its children are {shown}."
+            f"{did_you_mean(point, names)}"
+        )
+
+    def point(self, cut: int) -> str:
+        return list(self.model._modules)[cut]
+
+    def parts(self, cuts: Sequence[int]) -> list[list[nn.Module]]:
+        bounds = [0, *check_split(cuts, len(self._layers), len(cuts) + 1), len(self._layers)]
+        return [self._layers[a:b] for a, b in pairwise(bounds)]
+
+    def forward(self, x: Nested) -> Any:
+        return self.model(x)
+
+    def check_unchanged(self) -> None:
+        if [id(layer) for layer in self.model] != [id(layer) for layer in self._layers]:
+            raise RuntimeError(
+                "layers of the model were added, removed or replaced since this runner was made; "
+                "make a new FDGRunner for the changed model"
+            )
+        self._check_hooks()
+
+    def _check_hooks(self) -> None:
+        check_own_hooks(
+            self.model, called="its layers one by one", instead="a layer, model[0] or model[-1] say"
+        )

@@ -1,0 +1,207 @@
+"""The user's model and the stages it is cut into, as soon as it is known where."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from fdg_cuda.batches import Batches
+from fdg_cuda.captured_chain import CapturedChain
+from fdg_cuda.chain import check_parameters, check_shared
+from fdg_cuda.checkpoints import Saver
+from fdg_cuda.errors import CheckpointError
+from fdg_cuda.layer_chain import LayerChain
+from fdg_cuda.machine import Machine
+from fdg_cuda.model_chain import ModelChain
+from fdg_cuda.nested import Nested
+from fdg_cuda.pipeline import LossFunction
+from fdg_cuda.split import balance
+from fdg_cuda.stage import Stage
+
+logger = logging.getLogger("fdg_cuda")
+
+Model = nn.Module | Sequence[nn.Module]
+
+
+def chain_of(model: Model) -> ModelChain:
+    """``model`` as a chain: the children of an ``nn.Sequential``, the modules of a list, or what is
+    captured of any other module's forward.
+
+    Raises:
+        TypeError: neither a module that can be called nor a list of modules.
+        ValueError: no layers, or a hook that stages would not call.
+        ModelCaptureError: a module that could not be trained here, however it is cut.
+    """
+    if isinstance(model, nn.ModuleList) or (
+        isinstance(model, Sequence) and not isinstance(model, str)
+    ):
+        for number, layer in enumerate(model):
+            if not isinstance(layer, nn.Module):
+                raise TypeError(
+                    f"layer {number} of the chain is no nn.Module but a {type(layer).__name__}"
+                )
+        return LayerChain(nn.Sequential(*model))
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"the model must be an nn.Module, or a list of modules that are called one behind the "
+            f"other; got a {type(model).__name__}"
+        )
+    if isinstance(model, nn.Sequential) and type(model).forward is nn.Sequential.forward:
+        return LayerChain(model)
+    return CapturedChain(model)
+
+
+def check_cuts(
+    split: Sequence[int] | None, split_points: Sequence[str] | None, stages: int
+) -> None:
+    """What can be said of them without the model.
+
+    Raises:
+        ValueError: both are given, or one of them does not name a place for each stage but the first.
+    """
+    if split is not None and split_points is not None:
+        raise ValueError("split and split_points both say where to cut the model; give one of them")
+    for name, cuts, kind, example in (
+        ("split", split, int, "layer numbers, such as [3, 7]"),
+        ("split_points", split_points, str, "submodules' names, such as ['layer2', 'layer3.0']"),
+    ):
+        if cuts is None:
+            continue
+        if isinstance(cuts, (str, int)) or not all(isinstance(cut, kind) for cut in cuts):
+            raise ValueError(
+                f"{name} must be a list of {example}, or None to measure where to cut; got {cuts!r}"
+            )
+        if len(cuts) != stages - 1:
+            raise ValueError(
+                f"{name} must name {stages - 1} of the layers, where stages 1, 2, ... begin (one less "
+                f"than there are devices); got {list(cuts)}"
+            )
+
+
+class StagedModel:
+    """
+    Args:
+        chain: the model.
+        machine: makes the stages.
+        count: how many of them.
+        split: where they are to begin; None: where that is measured to balance.
+        split_points: likewise, by submodules' names.
+
+    Attributes:
+        split: where they begin; None before the model was cut.
+        stages: in order; empty before.
+
+    Raises:
+        ValueError, ModelCaptureError: the model cannot be cut so.
+    """
+
+    def __init__(
+        self,
+        chain: ModelChain,
+        machine: Machine,
+        count: int,
+        *,
+        split: Sequence[int] | None,
+        split_points: Sequence[str] | None,
+    ) -> None:
+        check_cuts(split, split_points, count)
+        self.chain = chain
+        self.split: list[int] | None = None
+        self.stages: list[Stage] = []
+        self._machine = machine
+        self._count = count
+        self._wanted: Sequence[int | str] | None = split if split_points is None else split_points
+        if chain.is_laid_out:
+            self._cut_as_wanted()
+
+    @property
+    def split_points(self) -> list[str] | None:
+        """What begins there, for people."""
+        return None if self.split is None else [self.chain.point(cut) for cut in self.split]
+
+    def recipe(self) -> dict[str, Any]:
+        """What must be the same where training goes on from a checkpoint."""
+        pieces = self.chain.pieces if self.chain.is_laid_out else None
+        return {"stages": self._count, "split": self.split, "pieces": pieces}
+
+    def check(self, *, on_cpu: bool) -> None:
+        """What a caller may have changed since the last ``fit``.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: it cannot be trained as it is now.
+        """
+        self.chain.check_unchanged()
+        check_parameters(self.chain.model, on_cpu=on_cpu)
+        check_shared(self.chain.model, [stage.layers for stage in self.stages])
+
+    # -- cutting --------------------------------------------------------------------------------
+
+    def lay_out(self, sample: Nested) -> None:
+        """Find the layers on a batch's input, if they are not known; and cut, if that says where.
+
+        Raises:
+            TypeError, ValueError, ModelCaptureError: the model cannot be cut as asked.
+        """
+        if self.chain.is_laid_out:
+            return
+        # As the stages will run: what the model's code sets otherwise inside is found by that.
+        device = next((p.device.type for p in self.chain.model.parameters()), "cpu")
+        with self._machine.precision.autocast(device):
+            self.chain.lay_out(sample)
+        self._cut_as_wanted()
+
+    def cut(self, batches: Batches, loss_fn: LossFunction, saver: Saver | None) -> None:
+        """Cut the model if it is not yet: as in the checkpoint that ``saver`` goes on from, else
+        where times measured on the first batch balance.
+
+        Raises:
+            CheckpointError: the checkpoint cannot be gone on from.
+            ModelCaptureError: the model cannot be captured, or not be cut as asked.
+        """
+        kept = None if saver is None else saver.begin()
+        if not self.chain.is_laid_out:
+            self.lay_out(batches.first()[0])
+            if kept is not None:
+                batches.begin_anew()  # the loader will go on as the checkpoint says
+        # One of other stages will be refused, with all that differs.
+        if saver is not None and kept is not None and kept["stages"] == self._count:
+            with saver.naming_the_checkpoint():
+                self._check_pieces(kept.get("pieces"))
+            if not self.stages:
+                self._cut(kept["split"])
+        if not self.stages:
+            first = batches.first()
+            times = self._machine.layer_times(self.chain.layers, first, loss_fn)
+            self._cut(balance(times, self._count))
+
+    def _check_pieces(self, theirs: int | None) -> None:
+        ours = self.chain.pieces
+        if theirs != ours:
+            was, now = (
+                "cut between its children" if n is None else f"captured as {n} pieces"
+                for n in (theirs, ours)
+            )
+            raise CheckpointError(
+                f"the model was {was} and is {now} now, so that the cut means another one. Go on with "
+                f"the versions of torch and of the model's code that wrote it, or start anew in another "
+                f"folder and load the weights"
+            )
+
+    def _cut_as_wanted(self) -> None:
+        self.chain.check_length(self._count)
+        if self._wanted is not None:
+            chain = self.chain
+            self._cut([chain.cut_at(cut) if isinstance(cut, str) else cut for cut in self._wanted])
+        elif self._count == 1:
+            self._cut([])
+
+    def _cut(self, cuts: Sequence[int]) -> None:
+        parts = self.chain.parts(cuts)
+        check_shared(self.chain.model, parts)
+        self.split, self.stages = list(cuts), list(self._machine.make_stages(parts))
+        logger.info(
+            "stages begin at layers %s (%s)", [0, *cuts], ", ".join(self.split_points or [])
+        )
