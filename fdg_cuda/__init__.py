@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     )
     from fdg_cuda.groups import no_decay_on_norm_and_bias
     from fdg_cuda.metrics import BatchResult, EpochResult, Evaluation, History
+    from fdg_cuda.planning import Plan, plan
     from fdg_cuda.runner import FDGRunner
     from fdg_cuda.shares import Shares
     from fdg_cuda.stage_log import StageLog
@@ -43,6 +44,7 @@ __all__ = [
     "LoaderWorkerError",
     "ModelCaptureError",
     "NonFiniteLossError",
+    "Plan",
     "Shares",
     "StageLog",
     "TensorBoard",
@@ -50,6 +52,7 @@ __all__ = [
     "TrainingStopped",
     "__version__",
     "no_decay_on_norm_and_bias",
+    "plan",
 ]
 
 # Importing torch takes seconds, which the command line's help should not; so a public name is
@@ -68,12 +71,14 @@ _MODULES = {
     "LoaderWorkerError": "fdg_cuda.errors",
     "ModelCaptureError": "fdg_cuda.errors",
     "NonFiniteLossError": "fdg_cuda.errors",
+    "Plan": "fdg_cuda.planning",
     "Shares": "fdg_cuda.shares",
     "StageLog": "fdg_cuda.stage_log",
     "TensorBoard": "fdg_cuda.tensorboard",
     "Timeline": "fdg_cuda.timeline",
     "TrainingStopped": "fdg_cuda.errors",
     "no_decay_on_norm_and_bias": "fdg_cuda.groups",
+    "plan": "fdg_cuda.planning",
 }
 
 if not TYPE_CHECKING:  # type checkers see the imports above, and no others

@@ -27,7 +27,7 @@ from fdg_cuda.machine import Machine
 from fdg_cuda.machines import make_machine
 from fdg_cuda.metrics import cross_entropy
 from fdg_cuda.model_chain import ModelChain
-from fdg_cuda.model_chains import make_chain
+from fdg_cuda.staged_model import chain_of
 from fdg_cuda.nested import Nested, check_nested, sample_count, tensors
 from fdg_cuda.pipeline import LossFunction
 from fdg_cuda.precision import Precision, parse_precision
@@ -159,7 +159,7 @@ def plan(
     check_nested(sample, "the sample")
     places = _places(devices, hardware)
     modes = _modes(backward_weights)
-    chain = make_chain(model)
+    chain = chain_of(model)
     on_progress("running the model on the sample")
     chain.lay_out(sample)
     batch, loss = _batch(sample, target, loss_fn)
