@@ -51,7 +51,7 @@ from fdg_cuda.precision import parse_precision
 from fdg_cuda.recorder import Recorder
 from fdg_cuda.schedule import Schedule
 from fdg_cuda.shares import Shares
-from fdg_cuda.split import balance, check_split
+from fdg_cuda.split import check_split
 from fdg_cuda.stage import Stage
 from fdg_cuda.timeline import Timeline
 from fdg_cuda.training_state import Parts, TrainingState
@@ -471,8 +471,8 @@ class FDGRunner:
     def _balance(self, batches: Batches) -> None:
         if self._stages:
             return
-        times = self._machine.layer_times(self._layers, batches.first(), self._loss_fn)
-        self._cut(balance(times, len(self._devices)))
+        best = self._machine.best_cut(self._layers, batches.first(), self._loss_fn)
+        self._cut(best.split)
 
     def _cut(self, split: list[int]) -> None:
         bounds = [0, *split, len(self._layers)]
