@@ -30,7 +30,10 @@ from fdg_cuda.stage_memory import SPARE
 
 GIGA, MICRO = 1e9, 1e-6
 PANEL = "Hardware"
-ABOVE_ZERO = {"takes": "a number above 0", "allowed": lambda value: 0 < value < math.inf}
+ABOVE_ZERO: Any = {
+    "takes": "a number above 0",
+    "allowed": lambda value: 0 < value < math.inf,
+}
 
 
 @dataclass(frozen=True)

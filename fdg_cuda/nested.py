@@ -35,6 +35,23 @@ def tensors(value: Nested) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
+def distinct(value: Nested) -> list[Tensor]:
+    """The tensors in ``value``, in order, without those that were there before: the same object."""
+    return list({id(tensor): tensor for tensor in tensors(value)}.values())
+
+
+def map_distinct(function: Callable[[Tensor], Any], value: Nested) -> Nested:
+    """As :func:`map_tensors`, but where the same tensor is met again so is what came of it."""
+    made: dict[int, Any] = {}
+
+    def once(tensor: Tensor) -> Any:
+        if id(tensor) not in made:
+            made[id(tensor)] = function(tensor)
+        return made[id(tensor)]
+
+    return map_tensors(once, value)
+
+
 def cloned(value: Nested) -> Nested:
     """A copy of ``value`` that shares no tensor and no container with it."""
     return map_tensors(lambda tensor: tensor.detach().clone(), value)

@@ -83,9 +83,7 @@ def find_model(name: str, *, shape: Sequence[int], classes: int) -> nn.Module:
     if ":" in name:
         return _made_by(name)
     if name in models.names():
-        return models.build(
-            name, in_channels=shape[0], num_classes=classes, image_size=shape[-1]
-        )
+        return models.build(name, in_channels=shape[0], num_classes=classes, image_size=shape[-1])
     from torchvision.models import get_model, list_models
 
     known = list_models(module=importlib.import_module("torchvision.models"))
@@ -101,7 +99,11 @@ def find_model(name: str, *, shape: Sequence[int], classes: int) -> nn.Module:
 
 def _plain(name: str) -> dict[str, bool]:
     """Auxiliary heads off: they give several outputs while training."""
-    return {"aux_logits": False, "init_weights": False} if name in ("googlenet", "inception_v3") else {}
+    return (
+        {"aux_logits": False, "init_weights": False}
+        if name in ("googlenet", "inception_v3")
+        else {}
+    )
 
 
 def _made_by(name: str) -> nn.Module:
@@ -116,4 +118,3 @@ def _made_by(name: str) -> nn.Module:
             f"--model: {name}() must return an nn.Module; got a {type(model).__name__}"
         )
     return model
-

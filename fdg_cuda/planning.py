@@ -10,14 +10,15 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
 from fdg_cuda.backward_weights import BackwardWeights
 from fdg_cuda.batches import Batch
-from fdg_cuda.cpu_threads import share_of_cores
 from fdg_cuda.costs import LayerCost
+from fdg_cuda.cpu_threads import share_of_cores
 from fdg_cuda.cutting import Cut, CutMemoryError, best_cut
 from fdg_cuda.devices import Device, parse_devices
 from fdg_cuda.gradients import UpdateRule
@@ -27,12 +28,12 @@ from fdg_cuda.machine import Machine
 from fdg_cuda.machines import make_machine
 from fdg_cuda.metrics import cross_entropy
 from fdg_cuda.model_chain import ModelChain
-from fdg_cuda.staged_model import chain_of
 from fdg_cuda.nested import Nested, check_nested, sample_count, tensors
 from fdg_cuda.pipeline import LossFunction
 from fdg_cuda.precision import Precision, parse_precision
 from fdg_cuda.schedule import Schedule
 from fdg_cuda.simulation import Simulation, StageTimes, simulate
+from fdg_cuda.staged_model import chain_of
 from fdg_cuda.timeline import Timeline
 from fdg_cuda.update_time import update_seconds_per_byte
 
@@ -313,17 +314,14 @@ class _Planner:
         costs, devices, links = self._costs(stages), self._devices(stages), self._links(stages)
         cut = best_cut(costs, devices, schedule, mode, hops=links)
         bounds = [0, *cut.split, len(costs)]
-        parts = [costs[a:b] for a, b in zip(bounds, bounds[1:])]
-        times = [
-            self._times(stages, k, parts, devices[k], links) for k in range(stages)
-        ]
+        parts = [costs[a:b] for a, b in pairwise(bounds)]
+        times = [self._times(stages, k, parts, devices[k], links) for k in range(stages)]
         replay = self._simulated("fdg", times, mode)
         return Choice(
             mode=mode.value,
             split=tuple(cut.split),
             stages=tuple(
-                self._stage_plan(k, cut, parts, times[k], devices[k], replay)
-                for k in range(stages)
+                self._stage_plan(k, cut, parts, times[k], devices[k], replay) for k in range(stages)
             ),
             tick_seconds=replay.tick_seconds,
             ddg_seconds=self._simulated("ddg", times, mode).tick_seconds,

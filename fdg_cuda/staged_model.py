@@ -18,7 +18,6 @@ from fdg_cuda.machine import Machine
 from fdg_cuda.model_chain import ModelChain
 from fdg_cuda.nested import Nested
 from fdg_cuda.pipeline import LossFunction
-from fdg_cuda.split import balance
 from fdg_cuda.stage import Stage
 
 logger = logging.getLogger("fdg_cuda")
@@ -159,6 +158,7 @@ class StagedModel:
 
         Raises:
             CheckpointError: the checkpoint cannot be gone on from.
+            CutMemoryError: no cut fits into the devices' memories.
             ModelCaptureError: the model cannot be captured, or not be cut as asked.
         """
         kept = None if saver is None else saver.begin()
@@ -173,9 +173,8 @@ class StagedModel:
             if not self.stages:
                 self._cut(kept["split"])
         if not self.stages:
-            first = batches.first()
-            times = self._machine.layer_times(self.chain.layers, first, loss_fn)
-            self._cut(balance(times, self._count))
+            best = self._machine.best_cut(self.chain.layers, batches.first(), loss_fn)
+            self._cut(best.split)
 
     def _check_pieces(self, theirs: int | None) -> None:
         ours = self.chain.pieces

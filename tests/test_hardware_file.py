@@ -55,9 +55,7 @@ def test_devices_and_the_link_between_them(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_mistakes_are_named_all_at_once(
-    tmp_path: Path, content: str, messages: list[str]
-) -> None:
+def test_mistakes_are_named_all_at_once(tmp_path: Path, content: str, messages: list[str]) -> None:
     (tmp_path / "hardware.toml").write_text(content)
     with pytest.raises(ValueError, match=r"hardware\.toml has") as error:
         read_hardware(tmp_path / "hardware.toml")
