@@ -112,7 +112,10 @@ def _made_by(name: str) -> nn.Module:
         make = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"--model: {name} cannot be imported: {error}") from error
-    model = make()
+    try:
+        model = make()
+    except Exception as error:
+        raise ValueError(f"--model: {name} failed: {type(error).__name__}: {error}") from error
     if not isinstance(model, nn.Module):
         raise ValueError(
             f"--model: {name}() must return an nn.Module; got a {type(model).__name__}"
