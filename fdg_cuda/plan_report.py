@@ -40,7 +40,9 @@ def renderables(plan: Plan) -> Iterator[RenderableType]:
             f"{1e3 * choice.tick_seconds:.3g}",
             times(plan.speed_up(choice.tick_seconds)),
             times(plan.speed_up(choice.ddg_seconds)),
-            times(plan.speed_up(choice.data_parallel_seconds)),
+            times(plan.speed_up(choice.data_parallel_seconds))
+            if choice.data_parallel_fits
+            else "no memory",
             size(max(stage.memory_bytes for stage in choice.stages)),
             size(max(stage.up_bytes + stage.down_bytes for stage in choice.stages)),
             ", ".join(stage.begins_at for stage in choice.stages[1:]),
@@ -130,6 +132,7 @@ def _choice_dict(plan: Plan, choice: Choice) -> dict[str, Any]:
         "speed_up": plan.speed_up(choice.tick_seconds),
         "ddg_seconds": choice.ddg_seconds,
         "data_parallel_seconds": choice.data_parallel_seconds,
+        "data_parallel_fits": choice.data_parallel_fits,
         "by_stage": [vars(stage) for stage in choice.stages],
     }
 

@@ -33,6 +33,7 @@ from fdg_cuda.pipeline import LossFunction
 from fdg_cuda.precision import Precision, parse_precision
 from fdg_cuda.schedule import Schedule
 from fdg_cuda.simulation import Simulation, StageTimes, simulate
+from fdg_cuda.stage_memory import Holding, stage_memory
 from fdg_cuda.staged_model import chain_of
 from fdg_cuda.timeline import Timeline
 from fdg_cuda.update_time import update_seconds_per_byte
@@ -76,6 +77,7 @@ class Choice:
         tick_seconds: a batch is trained per tick with ``"fdg"``.
         ddg_seconds: per batch, with ``"ddg"`` and the same cut.
         data_parallel_seconds: per batch, of as many replicas with a batch of this size each.
+        data_parallel_fits: whether each device has the memory for the whole model.
         timeline: of some ticks.
     """
 
@@ -85,6 +87,7 @@ class Choice:
     tick_seconds: float
     ddg_seconds: float
     data_parallel_seconds: float
+    data_parallel_fits: bool
     timeline: Timeline
 
 
@@ -107,7 +110,6 @@ class Plan:
         bp_seconds: of a training step with BP on the first device, all of it, if it had the memory.
         batch_size: samples per batch.
         layers: how many the model was measured as.
-        by_name: whether ``begins_at`` names can be given as ``split_points``.
     """
 
     rows: tuple[Row, ...]
@@ -290,7 +292,7 @@ class _Planner:
     def row(self, stages: int, modes: Sequence[BackwardWeights]) -> Row:
         """The best choice for so many stages."""
         best: Choice | None = None
-        refused: list[str] = []
+        refused: list[CutMemoryError] = []
         for mode in modes:
             # With one stage all modes are the same.
             if stages == 1 and mode is not modes[0]:
@@ -298,11 +300,13 @@ class _Planner:
             try:
                 choice = self._choice(stages, mode)
             except CutMemoryError as error:
-                refused.append(f"{mode.value}: {error}")
+                refused.append(error)
                 continue
             if best is None or best.tick_seconds > AS_GOOD * choice.tick_seconds:
                 best = choice
-        return Row(stages, best, " ".join(refused) if best is None else "")
+        # That of the mode that needs least.
+        why_not = min(refused, key=lambda error: error.shortage_bytes, default=None)
+        return Row(stages, best, str(why_not) if best is None else "")
 
     def bp_seconds(self) -> float:
         """A step with BP on the first device."""
@@ -326,6 +330,10 @@ class _Planner:
             tick_seconds=replay.tick_seconds,
             ddg_seconds=self._simulated("ddg", times, mode).tick_seconds,
             data_parallel_seconds=self._data_parallel(stages, devices, links),
+            data_parallel_fits=all(
+                device.memory_bytes is None or device.memory_bytes >= self._whole_bytes(costs)
+                for device in devices
+            ),
             timeline=replay.timeline,
         )
 
@@ -395,6 +403,12 @@ class _Planner:
         ring = max((hops * link.seconds(weights / stages) for link in links), default=0.0)
         step = self._step_seconds(stages) / slowest + max(0.0, ring - backward / slowest)
         return step / stages
+
+    @staticmethod
+    def _whole_bytes(costs: Sequence[LayerCost]) -> int:
+        """Of a replica of the whole model."""
+        holding = Holding.of(Schedule("bp", 1), BackwardWeights.STASH, 0)
+        return stage_memory(costs, None, holding).total
 
     def _step_seconds(self, stages: int) -> float:
         """Of the whole model on one of ``stages`` devices, at speed 1."""

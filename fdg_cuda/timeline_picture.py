@@ -1,4 +1,4 @@
-"""A timeline as a picture: one row per lane, waits hatched."""
+"""A timeline as a picture: one row per lane that was used, waits hatched."""
 
 from __future__ import annotations
 
@@ -52,9 +52,8 @@ def draw(path: Path, timeline: Timeline) -> None:
         OSError: the file cannot be written; what was there before still is.
     """
     view = _View(timeline)
-    rows = sorted(
-        range(len(timeline.lanes)), key=lambda stream: (timeline.lanes[stream].stage, stream)
-    )
+    used = {span.stream for span in view.spans}
+    rows = sorted(used, key=lambda stream: (timeline.lanes[stream].stage, stream))
     width = min(max(NARROWEST, INCHES_PER_TICK * view.ticks), WIDEST)
     figure = Figure(figsize=(width, 1.5 + 0.62 * len(rows)), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)

@@ -105,6 +105,13 @@ class TestOfGivenCosts:
         assert modes[400 * MEGA] == "stash"
         assert modes[120 * MEGA] == "replay"
         assert "more than there is" in modes[20 * MEGA]
+        # A whole replica needs 8 x (8 + 1 + 2 + 1 + 2) MB and some.
+        assert [
+            row.choice.data_parallel_fits
+            for memory in (400 * MEGA, 80 * MEGA)
+            for row in plan_for(*devices(4, memory)).rows[3:]
+            if row.choice
+        ] == [True, False]
 
     def test_a_device_twice_as_fast_gets_twice_as_much(self) -> None:
         fast = DeviceSpec("fast", speed=2.0)
