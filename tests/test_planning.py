@@ -105,10 +105,10 @@ class TestOfGivenCosts:
         assert modes[400 * MEGA] == "stash"
         assert modes[120 * MEGA] == "replay"
         assert "more than there is" in modes[20 * MEGA]
-        # A whole replica needs 8 x (8 + 1 + 2 + 1 + 2) MB and some.
+        # A whole replica needs 124 MB.
         assert [
             row.choice.data_parallel_fits
-            for memory in (400 * MEGA, 80 * MEGA)
+            for memory in (400 * MEGA, 100 * MEGA)
             for row in plan_for(*devices(4, memory)).rows[3:]
             if row.choice
         ] == [True, False]
