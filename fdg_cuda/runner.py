@@ -72,8 +72,9 @@ class FDGRunner:
         devices: one per stage; integers are CUDA ordinals, strings torch device names; repeats are
             allowed (``["cpu", "cpu"]``, ``[0, 0, 1, 1]``); all of one kind.
         method: ``"fdg"`` (Zhuang et al., TNNLS 2021), ``"ddg"`` (Huo et al., ICML 2018) or ``"bp"``.
-        split: the children at which stages 1, 2, ... begin. None: where the measured times of
-            forward and backward balance best, on the first batch of the first ``fit``.
+        split: the children at which stages 1, 2, ... begin. None: where the longest stage is as
+            short as possible, by what layers cost on the first batch of the first ``fit``; on CUDA
+            devices within their memory.
         loss_fn: ``(output, target) -> scalar``, a mean over samples; default cross-entropy.
         optimizer: makes the torch optimizer of each stage from a list of its parameters (or of groups
             of them, with ``param_groups``): ``lambda params: torch.optim.AdamW(params, lr=3e-4)``.
@@ -303,6 +304,7 @@ class FDGRunner:
                 a checkpoint cannot hold, before the first batch.
             KeyboardInterrupt: on Ctrl-C, within two ticks; every stage holds its newest weights,
                 and stages may differ by the updates that were under way.
+            CutMemoryError: no cut fits into the CUDA devices' memory (with ``split=None``).
             TrainingStopped: with ``checkpoints``, on Ctrl-C or SIGTERM, after a checkpoint was
                 written; a second Ctrl-C is a KeyboardInterrupt, a second SIGTERM ends the process.
             CheckpointError: ``checkpoints`` holds what cannot be gone on from, or written over.
