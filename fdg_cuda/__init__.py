@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fdg_cuda.errors import (
         AliasedParameterError,
         CheckpointError,
+        CutMemoryError,
         LoaderWorkerError,
         ModelCaptureError,
         NonFiniteLossError,
@@ -36,6 +37,7 @@ __all__ = [
     "Callback",
     "CheckpointError",
     "Checkpoints",
+    "CutMemoryError",
     "EpochResult",
     "Evaluation",
     "FDGRunner",
@@ -63,6 +65,7 @@ _MODULES = {
     "Callback": "fdg_cuda.callbacks",
     "CheckpointError": "fdg_cuda.errors",
     "Checkpoints": "fdg_cuda.checkpoints",
+    "CutMemoryError": "fdg_cuda.errors",
     "EpochResult": "fdg_cuda.metrics",
     "Evaluation": "fdg_cuda.metrics",
     "FDGRunner": "fdg_cuda.runner",

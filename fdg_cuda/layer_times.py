@@ -15,7 +15,9 @@ import logging
 import os
 import platform
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,8 @@ from fdg_cuda.precision import Precision
 logger = logging.getLogger("fdg_cuda")
 
 _known: dict[str, list[LayerCost]] = {}
+# Inside of `anew`: the keys that were measured there.
+_measured_anew: ContextVar[set[str] | None] = ContextVar("measured anew", default=None)
 
 
 def cache_file() -> Path | None:
@@ -54,13 +58,30 @@ def remembered(
 ) -> list[LayerCost]:
     """The cost of each layer as measured earlier under the same circumstances, else ``measure()``."""
     key = _key(layers, batch, threads, device, precision)
-    if key not in _known:
-        costs = _unpacked(_read().get(key), len(layers))
-        if costs is None:
-            costs = measure()
-            _write(key, costs)
+    fresh = _measured_anew.get()
+    if fresh is not None and key not in fresh:
+        fresh.add(key)
+        costs = measure()
+        _write(key, costs)
         _known[key] = costs
+    elif key not in _known:
+        stored = _unpacked(_read().get(key), len(layers))
+        if stored is None:
+            stored = measure()
+            _write(key, stored)
+        _known[key] = stored
     return _known[key]
+
+
+@contextmanager
+def anew() -> Iterator[None]:
+    """What was measured before the block does not count in it; what is measured in it takes its
+    place."""
+    token = _measured_anew.set(set())
+    try:
+        yield
+    finally:
+        _measured_anew.reset(token)
 
 
 def _key(

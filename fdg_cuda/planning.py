@@ -19,11 +19,13 @@ from fdg_cuda.backward_weights import BackwardWeights
 from fdg_cuda.batches import Batch
 from fdg_cuda.costs import LayerCost
 from fdg_cuda.cpu_threads import share_of_cores
-from fdg_cuda.cutting import Cut, CutMemoryError, best_cut
+from fdg_cuda.cutting import Cut, best_cut
 from fdg_cuda.devices import Device, parse_devices
+from fdg_cuda.errors import CutMemoryError
 from fdg_cuda.gradients import UpdateRule
 from fdg_cuda.hardware import DeviceSpec, Link
 from fdg_cuda.hardware_file import Hardware, read_hardware
+from fdg_cuda.layer_times import anew
 from fdg_cuda.machine import Machine
 from fdg_cuda.machines import make_machine
 from fdg_cuda.metrics import cross_entropy
@@ -138,7 +140,8 @@ def plan(
     """Predict what training ``model`` on one, two, ... stages would be like.
 
     Predicted are steady ticks, in which every stage works on a batch, not the fill and drain of an
-    epoch. The model's numbers are left as they are.
+    epoch. The model's numbers are left as they are. Layers are measured anew, and what is found takes
+    the place of what ``FDGRunner`` remembers of them.
 
     Args:
         model: any that :class:`~fdg_cuda.FDGRunner` takes.
@@ -169,13 +172,15 @@ def plan(
     planner = _Planner(chain, batch, loss, places, parse_precision(precision, chain.model))
     most = min(len(places.devices), len(chain.layers))
     rows = []
-    for stages in numbers_of_stages(most):
-        on_progress(f"planning {stages} stage{'s' if stages > 1 else ''}")
-        rows.append(planner.row(stages, modes))
+    with anew():
+        for stages in numbers_of_stages(most):
+            on_progress(f"planning {stages} stage{'s' if stages > 1 else ''}")
+            rows.append(planner.row(stages, modes))
+        bp_seconds = planner.bp_seconds()
     return Plan(
         rows=tuple(rows),
         recommended=_recommended(rows),
-        bp_seconds=planner.bp_seconds(),
+        bp_seconds=bp_seconds,
         batch_size=sample_count(sample),
         layers=len(chain.layers),
     )
