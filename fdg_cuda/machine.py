@@ -8,7 +8,7 @@ from contextlib import closing
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fdg_cuda.backward_weights import BackwardWeights
 from fdg_cuda.batches import Batch
@@ -76,13 +76,13 @@ class Machine(ABC):
         """Seconds each layer takes for forward plus backward on one of the devices."""
 
     @abstractmethod
-    def forward(self, model: nn.Sequential, x: Nested) -> Tensor:
+    def forward(self, model: nn.Sequential, x: Nested) -> Nested:
         """``model``'s output for ``x``, wherever its layers are."""
 
     @abstractmethod
     def inference(
         self, model: nn.Sequential, batches: Iterator[Batch], finish: Finish, *, to_host: bool
-    ) -> Generator[Tensor, None, None]:
+    ) -> Generator[Nested, None, None]:
         """What ``finish`` makes of ``model``'s output and the target of each batch, in order.
 
         Reads a bounded number of batches ahead. The results do not depend on timing. If the first batch
@@ -165,14 +165,13 @@ class CpuMachine(Machine):
 
         return remembered(layers, batch, threads, measured, precision=self.precision)
 
-    def forward(self, model: nn.Sequential, x: Nested) -> Tensor:
+    def forward(self, model: nn.Sequential, x: Nested) -> Nested:
         with self.precision.autocast("cpu"):
-            output: Tensor = model(x)
-        return output
+            return model(x)
 
     def inference(
         self, model: nn.Sequential, batches: Iterator[Batch], finish: Finish, *, to_host: bool
-    ) -> Generator[Tensor, None, None]:
+    ) -> Generator[Nested, None, None]:
         plainly = partial(one_by_one, partial(self.forward, model), finish=finish, to_host=to_host)
         # In "bp" one stage at a time is at work, with all cores: nothing else is done here.
         if len(self._stages) < 2 or self.schedule.method == "bp" or _caller_has_settings():

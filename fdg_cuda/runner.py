@@ -496,7 +496,7 @@ class FDGRunner:
         self._check_chain()
         return evaluate(self._machine, self._model, loader, self._loss_fn)
 
-    def predict(self, x: Nested) -> Tensor:
+    def predict(self, x: Nested) -> Nested:
         """The model's output for ``x``, an input of the chain, in evaluation mode, without gradient,
         on the device of ``x``.
 
@@ -507,7 +507,7 @@ class FDGRunner:
         self._check_chain()
         return predict(self._machine, self._model, x)
 
-    def predict_batches(self, loader: Loader) -> Iterator[Tensor]:
+    def predict_batches(self, loader: Loader) -> Iterator[Nested]:
         """The model's outputs for the batches of ``loader``, in order, as an iterator: in evaluation
         mode, without gradient, each on the device of its input.
 
@@ -526,7 +526,7 @@ class FDGRunner:
         self._check_chain()
         return self._predict_batches(loader)
 
-    def _predict_batches(self, loader: Loader) -> Iterator[Tensor]:
+    def _predict_batches(self, loader: Loader) -> Iterator[Nested]:
         self._refuse_while_running("predict_batches")
         self._predicting = True
         try:
