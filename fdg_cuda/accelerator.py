@@ -48,6 +48,10 @@ class Accelerator(ABC):
         """What the device is, as people and caches of measurements call it."""
 
     @abstractmethod
+    def memory(self, ordinal: int) -> int:
+        """The device's memory, in bytes, in use or not."""
+
+    @abstractmethod
     def lane(self, ordinal: int, handle: int) -> Lane:
         """The stream ``handle`` (a ``cudaStream_t``) for torch to work on."""
 
@@ -131,6 +135,9 @@ class TorchCuda(Accelerator):
 
     def name(self, ordinal: int) -> str:
         return torch.cuda.get_device_name(ordinal)
+
+    def memory(self, ordinal: int) -> int:
+        return int(torch.cuda.mem_get_info(ordinal)[1])
 
     def lane(self, ordinal: int, handle: int) -> Lane:
         return torch.cuda.ExternalStream(handle, device=ordinal)  # type: ignore[no-untyped-call]

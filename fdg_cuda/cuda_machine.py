@@ -14,10 +14,12 @@ from fdg_cuda import _core
 from fdg_cuda.accelerator import accelerator
 from fdg_cuda.backward_weights import BackwardWeights
 from fdg_cuda.batches import Batch
+from fdg_cuda.costs import LayerCost, measure
 from fdg_cuda.cuda_inference import run_stages
 from fdg_cuda.cuda_pipeline import CudaPipeline
 from fdg_cuda.cuda_stage import CudaStage
 from fdg_cuda.gradients import UpdateRule
+from fdg_cuda.hardware import DeviceSpec, Link
 from fdg_cuda.inference import Finish, one_by_one
 from fdg_cuda.interrupts import Interrupts
 from fdg_cuda.layer_times import remembered
@@ -31,8 +33,8 @@ from fdg_cuda.pipeline import LossFunction, Pipeline
 from fdg_cuda.precision import Precision
 from fdg_cuda.recorder import Recorder
 from fdg_cuda.schedule import Schedule
-from fdg_cuda.split import measure
 from fdg_cuda.stage import Stage
+from fdg_cuda.stage_memory import SPARE
 
 logger = logging.getLogger("fdg_cuda")
 
@@ -40,6 +42,12 @@ REPLAY_IS_EAGER = (
     "backward_weights='replay' runs forwards again in the backward, with buffers and random numbers put "
     "back on the host, which a graph cannot hold"
 )
+# What is known of hops before any was measured: less than PCIe 4.0 x16 does. NVLink is many times
+# as fast; where hops do not limit, it does not matter. Through the host both copies go on at the same
+# time, but share its memory.
+PEER = Link(20e9, 10e-6)
+STAGED = Link(10e9, 20e-6)
+SAME_DEVICE = Link(500e9, 5e-6)
 GRAPHS = {"auto": "auto", True: "always", False: "never"}
 
 
@@ -149,13 +157,39 @@ class CudaMachine(Machine):
         )
         return True
 
-    def layer_times(
+    def layer_costs(
         self, layers: Sequence[nn.Module], batch: Batch, loss_fn: LossFunction
-    ) -> list[float]:
+    ) -> list[LayerCost]:
         ordinal = self._ordinals[0]
+        try:
+            return self._costs_on(ordinal, layers, batch, loss_fn)
+        except torch.OutOfMemoryError:
+            logger.warning(
+                "the whole model does not fit on CUDA device %d, so its layers are measured on "
+                "the CPU; give split=[...] if the cut turns out unbalanced",
+                ordinal,
+            )
+        accelerator().release()
+        for layer in layers:
+            layer.to("cpu")
+        host = torch.device("cpu")
+        cpu = (moved(batch[0], host), moved(batch[1], host))
+        threads = torch.get_num_threads()
+
+        def measured() -> list[LayerCost]:
+            return measure(layers, cpu, loss_fn, threads=threads, precision=self.precision)
+
+        return remembered(layers, cpu, threads, measured, precision=self.precision)
+
+    def _costs_on(
+        self, ordinal: int, layers: Sequence[nn.Module], batch: Batch, loss_fn: LossFunction
+    ) -> list[LayerCost]:
+        """Raises:
+        OutOfMemoryError: the whole chain does not fit there.
+        """
         device = accelerator().device(ordinal)
 
-        def on_device() -> list[float]:
+        def measured() -> list[LayerCost]:
             for layer in layers:
                 layer.to(device)
             return measure(
@@ -168,30 +202,45 @@ class CudaMachine(Machine):
                 random_devices=[ordinal] if device.type == "cuda" else [],
             )
 
-        def measured() -> list[float]:
-            try:
-                return on_device()
-            except torch.OutOfMemoryError:
-                logger.warning(
-                    "the whole model does not fit on CUDA device %d, so its layers are measured on "
-                    "the CPU; give split=[...] if the cut turns out unbalanced",
-                    ordinal,
-                )
-                accelerator().release()
-                for layer in layers:
-                    layer.to("cpu")
-                host = torch.device("cpu")
-                cpu = (moved(batch[0], host), moved(batch[1], host))
-                return measure(
-                    layers,
-                    cpu,
-                    loss_fn,
-                    threads=torch.get_num_threads(),
-                    precision=self.precision,
-                )
-
         name = accelerator().name(ordinal)
         return remembered(layers, batch, 1, measured, device=name, precision=self.precision)
+
+    def device_specs(
+        self, layers: Sequence[nn.Module], batch: Batch, loss_fn: LossFunction
+    ) -> list[DeviceSpec]:
+        # One measurement per kind of device.
+        kinds = {accelerator().name(ordinal): ordinal for ordinal in reversed(self._ordinals)}
+        seconds = dict.fromkeys(kinds, 1.0)
+        if len(kinds) > 1:
+            try:
+                for name, ordinal in kinds.items():
+                    costs = self._costs_on(ordinal, layers, batch, loss_fn)
+                    seconds[name] = sum(cost.forward + cost.backward for cost in costs)
+            except torch.OutOfMemoryError:
+                accelerator().release()
+                seconds = dict.fromkeys(kinds, 1.0)
+                logger.warning(
+                    "the whole model does not fit on every kind of CUDA device (%s), so the cut takes "
+                    "them to be equally fast; give split=[...] if it turns out unbalanced",
+                    ", ".join(kinds),
+                )
+        first = seconds[accelerator().name(self._ordinals[0])]
+        return [
+            DeviceSpec(
+                f"CUDA device {ordinal}",
+                int(accelerator().memory(ordinal) * (1 - SPARE)),
+                speed=first / seconds[accelerator().name(ordinal)],
+            )
+            for ordinal in self._ordinals
+        ]
+
+    def links(self) -> list[Link]:
+        return [self._link(*hop) for hop in pairwise(self._ordinals)]
+
+    def _link(self, lower: int, upper: int) -> Link:
+        if self.stage_every_hop or not peers_reach_each_other(lower, upper):
+            return STAGED
+        return SAME_DEVICE if lower == upper else PEER
 
     def forward(self, chain: ModelChain, x: Nested) -> Nested:
         if not self._stages:

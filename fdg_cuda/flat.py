@@ -44,12 +44,11 @@ class FlatMemory:
         self.parameters = list(parameters)
         self.stage = stage
         self.dtype = _common_dtype(self.parameters, stage)
-        step = ALIGNMENT_BYTES // self.dtype.itemsize
         self.segments: list[tuple[int, int]] = []
         end = 0
         for parameter in self.parameters:
             self.segments.append((end, parameter.numel()))
-            end += -(-parameter.numel() // step) * step
+            end += padded_bytes(parameter) // self.dtype.itemsize
         self.weights = [torch.zeros(end, dtype=self.dtype, device=device) for _ in range(copies)]
         self._momentum: Tensor | None = None
         self._strides = [_dense_strides(parameter) for parameter in self.parameters]
@@ -261,6 +260,11 @@ class FlatMemory:
         return torch.empty_strided(
             leaf.shape, leaf.stride(), dtype=leaf.dtype, device=leaf.device
         ).copy_(gradient)
+
+
+def padded_bytes(parameter: Tensor) -> int:
+    """The bytes that ``parameter`` takes in flat memory."""
+    return -(-parameter.nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
 
 def _common_dtype(parameters: Sequence[nn.Parameter], stage: int) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""Measured layer times, remembered.
+"""Measured costs of layers, remembered.
 
 Times differ a little from one measurement to the next, and with them the cut, and with the cut the
 trained weights. Remembering them makes the same command give the same bits on the same machine
@@ -16,23 +16,26 @@ import os
 import platform
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fdg_cuda.batches import Batch
+from fdg_cuda.costs import LayerCost
 from fdg_cuda.graph_stage import GraphStage
 from fdg_cuda.nested import map_tensors
 from fdg_cuda.precision import Precision
 
 logger = logging.getLogger("fdg_cuda")
 
-_known: dict[str, list[float]] = {}
+_known: dict[str, list[LayerCost]] = {}
 
 
 def cache_file() -> Path | None:
-    """Where times are kept; None if they are not to be."""
+    """Where costs are kept; None if they are not to be."""
     folder = os.environ.get("FDG_CACHE_DIR")
     if folder is not None:
         return Path(folder) / "layer_times.json" if folder else None
@@ -44,20 +47,19 @@ def remembered(
     layers: Sequence[nn.Module],
     batch: Batch,
     threads: int,
-    measure: Callable[[], list[float]],
+    measure: Callable[[], list[LayerCost]],
     *,
     device: str = "cpu",
     precision: Precision = Precision.FLOAT32,
-) -> list[float]:
-    """Seconds per layer as measured earlier under the same circumstances, else ``measure()``."""
+) -> list[LayerCost]:
+    """The cost of each layer as measured earlier under the same circumstances, else ``measure()``."""
     key = _key(layers, batch, threads, device, precision)
     if key not in _known:
-        stored = _read().get(key)
-        if stored is not None and len(stored) == len(layers):
-            _known[key] = stored
-        else:
-            _known[key] = measure()
-            _write(key, _known[key])
+        costs = _unpacked(_read().get(key), len(layers))
+        if costs is None:
+            costs = measure()
+            _write(key, costs)
+        _known[key] = costs
     return _known[key]
 
 
@@ -99,31 +101,56 @@ def _cpu_name() -> str:
     return next((line for line in lines if line.startswith("model name")), platform.processor())
 
 
-def _read() -> dict[str, list[float]]:
+def _packed(costs: Sequence[LayerCost]) -> dict[str, list[float]]:
+    return {
+        field.name: [getattr(cost, field.name) for cost in costs] for field in fields(LayerCost)
+    }
+
+
+def _unpacked(stored: Any, layers: int) -> list[LayerCost] | None:
+    """What was packed; None for anything else, such as the mere times of earlier versions."""
+    names = [field.name for field in fields(LayerCost)]
+    if not isinstance(stored, dict) or sorted(stored) != sorted(names):
+        return None
+    if not all(_are_numbers(column) and len(column) == layers for column in stored.values()):
+        return None
+    return [
+        LayerCost(**dict(zip(stored, row, strict=True)))
+        for row in zip(*stored.values(), strict=True)
+    ]
+
+
+def _are_numbers(column: Any) -> bool:
+    return isinstance(column, list) and all(type(value) in (int, float) for value in column)
+
+
+def _read() -> dict[str, Any]:
     file = cache_file()
     if file is None or not file.exists():
         return {}
     try:
         stored = json.loads(file.read_text())
-        return {str(key): [float(t) for t in times] for key, times in stored.items()}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+        if not isinstance(stored, dict):
+            raise ValueError(f"it holds a {type(stored).__name__}")
+    except (OSError, ValueError) as error:
         logger.warning("%s cannot be read (%s); layers are measured anew", file, error)
         return {}
+    return stored
 
 
-def _write(key: str, times: list[float]) -> None:
+def _write(key: str, costs: Sequence[LayerCost]) -> None:
     file = cache_file()
     if file is None:
         return
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        content = json.dumps({**_read(), key: times}, indent=1)
+        content = json.dumps({**_read(), key: _packed(costs)}, indent=1)
         with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as temporary:
             temporary.write(content)
         os.replace(temporary.name, file)
     except OSError as error:
         logger.warning(
-            "measured layer times cannot be kept in %s (%s): the next run measures again and may cut "
+            "what layers cost cannot be kept in %s (%s): the next run measures again and may cut "
             "elsewhere; give split=... to fix the cut, or FDG_CACHE_DIR for another folder",
             file,
             error,

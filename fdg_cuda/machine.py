@@ -12,11 +12,14 @@ from torch import nn
 
 from fdg_cuda.backward_weights import BackwardWeights
 from fdg_cuda.batches import Batch
+from fdg_cuda.costs import LayerCost, measure
 from fdg_cuda.cpu_inference import CpuInference
 from fdg_cuda.cpu_pipeline import CpuPipeline
 from fdg_cuda.cpu_stage import CpuStage
 from fdg_cuda.cpu_threads import share_of_cores
+from fdg_cuda.cutting import Cut, best_cut
 from fdg_cuda.gradients import UpdateRule
+from fdg_cuda.hardware import DeviceSpec, Link
 from fdg_cuda.inference import Finish, one_by_one
 from fdg_cuda.interrupts import Interrupts
 from fdg_cuda.layer_times import remembered
@@ -28,8 +31,8 @@ from fdg_cuda.pipeline import LossFunction, Pipeline
 from fdg_cuda.precision import Precision
 from fdg_cuda.recorder import Recorder
 from fdg_cuda.schedule import Schedule
-from fdg_cuda.split import measure
 from fdg_cuda.stage import Stage
+from fdg_cuda.stage_memory import ADAM_STATE, SGD_STATE
 
 
 class Machine(ABC):
@@ -71,10 +74,37 @@ class Machine(ABC):
         """What runs one ``fit`` of the stages made last."""
 
     @abstractmethod
-    def layer_times(
+    def layer_costs(
         self, layers: Sequence[nn.Module], batch: Batch, loss_fn: LossFunction
-    ) -> list[float]:
-        """Seconds each layer takes for forward plus backward on one of the devices."""
+    ) -> list[LayerCost]:
+        """What each layer costs on one of the devices."""
+
+    @abstractmethod
+    def device_specs(
+        self, layers: Sequence[nn.Module], batch: Batch, loss_fn: LossFunction
+    ) -> list[DeviceSpec]:
+        """The devices of the stages, as fast as they are beside the one of :meth:`layer_costs`."""
+
+    @abstractmethod
+    def links(self) -> list[Link]:
+        """The ways between neighbouring stages."""
+
+    def best_cut(self, layers: Sequence[nn.Module], batch: Batch, loss_fn: LossFunction) -> Cut:
+        """Where to cut ``layers``, by what they cost on ``batch``.
+
+        Raises:
+            CutMemoryError: no cut fits into the devices' memories.
+            ValueError: fewer layers than stages.
+        """
+        return best_cut(
+            self.layer_costs(layers, batch, loss_fn),
+            self.device_specs(layers, batch, loss_fn),
+            self.schedule,
+            self.mode,
+            hops=self.links(),
+            # What another optimizer remembers is not known before its first update; that of few is more.
+            state=SGD_STATE if self.rule.optimizer is None else ADAM_STATE,
+        )
 
     @abstractmethod
     def forward(self, chain: ModelChain, x: Nested) -> Nested:
@@ -156,15 +186,24 @@ class CpuMachine(Machine):
             delays=self.injected_delays,
         )
 
-    def layer_times(
+    def layer_costs(
         self, layers: Sequence[nn.Module], batch: Batch, loss_fn: LossFunction
-    ) -> list[float]:
+    ) -> list[LayerCost]:
         threads = self._threads_per_stage()
 
-        def measured() -> list[float]:
+        def measured() -> list[LayerCost]:
             return measure(layers, batch, loss_fn, threads=threads, precision=self.precision)
 
         return remembered(layers, batch, threads, measured, precision=self.precision)
+
+    def device_specs(
+        self, layers: Sequence[nn.Module], batch: Batch, loss_fn: LossFunction
+    ) -> list[DeviceSpec]:
+        # No limit: what does not fit into the host's memory was no matter of stages before either.
+        return [DeviceSpec("cpu")] * self.schedule.stages
+
+    def links(self) -> list[Link]:
+        return [Link()] * (self.schedule.stages - 1)  # by reference
 
     def forward(self, chain: ModelChain, x: Nested) -> Nested:
         with self.precision.autocast("cpu"):

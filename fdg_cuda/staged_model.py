@@ -18,7 +18,6 @@ from fdg_cuda.machine import Machine
 from fdg_cuda.model_chain import ModelChain
 from fdg_cuda.nested import Nested
 from fdg_cuda.pipeline import LossFunction
-from fdg_cuda.split import balance
 from fdg_cuda.stage import Stage
 
 logger = logging.getLogger("fdg_cuda")
@@ -160,6 +159,7 @@ class StagedModel:
         Raises:
             CheckpointError: the checkpoint cannot be gone on from.
             ModelCaptureError: the model cannot be captured, or not be cut as asked.
+            CutMemoryError: no cut fits into the devices' memories.
         """
         kept = None if saver is None else saver.begin()
         if not self.chain.is_laid_out:
@@ -173,9 +173,7 @@ class StagedModel:
             if not self.stages:
                 self._cut(kept["split"])
         if not self.stages:
-            first = batches.first()
-            times = self._machine.layer_times(self.chain.layers, first, loss_fn)
-            self._cut(balance(times, self._count))
+            self._cut(self._machine.best_cut(self.chain.layers, batches.first(), loss_fn).split)
 
     def _check_pieces(self, theirs: int | None) -> None:
         ours = self.chain.pieces

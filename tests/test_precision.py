@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fdg_cuda import CheckpointError, Checkpoints, FDGRunner, layer_times, reference
+from fdg_cuda.costs import LayerCost
 from fdg_cuda.precision import Precision
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread", "seeded", "no_thread_left")
@@ -216,7 +217,7 @@ def test_layers_are_measured_as_they_will_run(monkeypatch: pytest.MonkeyPatch) -
     asked = []
     remembered = layer_times.remembered
 
-    def noted(*arguments: Any, **options: Any) -> list[float]:
+    def noted(*arguments: Any, **options: Any) -> list[LayerCost]:
         asked.append(options["precision"])
         return remembered(*arguments, **options)
 
@@ -228,12 +229,12 @@ def test_layers_are_measured_as_they_will_run(monkeypatch: pytest.MonkeyPatch) -
     assert set(seen.dtypes) == {BFLOAT16}
 
 
-def test_times_are_remembered_for_each_precision() -> None:
+def test_costs_are_remembered_for_each_precision() -> None:
     layers, batch = list(network()), single(1)[0]
     for number, precision in enumerate((Precision.FLOAT32, Precision.BFLOAT16)):
-        times = [float(number)] * 8
-        found = layer_times.remembered(layers, batch, 1, lambda t=times: t, precision=precision)
-        assert found == times
+        costs = [LayerCost(number, number)] * 8
+        found = layer_times.remembered(layers, batch, 1, lambda c=costs: c, precision=precision)
+        assert found == costs
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.half])

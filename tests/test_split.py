@@ -9,49 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from chains import batches, mlp
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import nn
 
 from fdg_cuda import FDGRunner, layer_times
-from fdg_cuda.split import balance, check_split, measure
+from fdg_cuda.costs import LayerCost
 
-
-def longest(costs: list[int], cuts: tuple[int, ...] | list[int]) -> int:
-    bounds = [0, *cuts, len(costs)]
-    return max(sum(costs[a:b]) for a, b in itertools.pairwise(bounds))
-
-
-@given(costs=st.lists(st.integers(0, 50), min_size=1, max_size=9), data=st.data())
-def test_balance_is_as_good_as_the_best_of_all_cuts(costs: list[int], data: st.DataObject) -> None:
-    stages = data.draw(st.integers(1, len(costs)))
-    cuts = balance(costs, stages)
-    assert check_split(cuts, len(costs), stages) == cuts
-    every = itertools.combinations(range(1, len(costs)), stages - 1)
-    assert longest(costs, cuts) == min(longest(costs, other) for other in every)
-
-
-def test_too_few_layers() -> None:
-    with pytest.raises(ValueError, match="2 layers cannot be cut into 3"):
-        balance([1.0, 1.0], 3)
-
-
-def test_measuring_leaves_no_trace() -> None:
-    torch.manual_seed(0)
-    layers: list[nn.Module] = [
-        nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(), nn.ReLU(inplace=True), nn.Linear(8, 4)
-    ]  # fmt: skip
-    model = nn.Sequential(*layers).double()
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    random_state, threads = torch.get_rng_state(), torch.get_num_threads()
-    seconds = measure(layers, batches(1)[0], nn.functional.cross_entropy, threads=1)
-    assert len(seconds) == 5
-    assert all(s > 0 for s in seconds)
-    assert torch.equal(torch.get_rng_state(), random_state)
-    assert torch.get_num_threads() == threads
-    assert all(p.grad is None for p in model.parameters())
-    for key, value in model.state_dict().items():
-        assert torch.equal(value, before[key])
+COSTS = [LayerCost(1.0, 2.0)] * 4
 
 
 class Slow(nn.Module):
@@ -95,15 +58,31 @@ def test_times_are_kept_in_a_file_and_read_again(
     def forget() -> None:
         monkeypatch.setattr(layer_times, "_known", {})
 
-    def unexpected() -> list[float]:
+    def unexpected() -> list[LayerCost]:
         raise AssertionError("measured again")
 
+    known = [LayerCost(n / 3, n / 7, *range(n, n + 8)) for n in range(4)]
     forget()
-    assert layer_times.remembered(layers, batch, 1, lambda: [1.0, 2, 3, 4]) == [1, 2, 3, 4]
+    assert layer_times.remembered(layers, batch, 1, lambda: known) == known
     forget()
-    assert layer_times.remembered(layers, batch, 1, unexpected) == [1, 2, 3, 4]
-    assert layer_times.remembered(layers, batch, 2, lambda: [4.0] * 4) == [4.0] * 4
+    assert layer_times.remembered(layers, batch, 1, unexpected) == known
+    assert layer_times.remembered(layers, batch, 2, lambda: COSTS) == COSTS
     assert len(json.loads((tmp_path / "layer_times.json").read_text())) == 2
+
+
+@pytest.mark.parametrize("kept", [[0.1, 0.2, 0.3, 0.4], {"forward": [0.1] * 4}, None])
+def test_what_an_earlier_version_kept_is_measured_anew(
+    kept: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("FDG_CACHE_DIR", str(tmp_path))
+    layers, batch = list(mlp(layers=4)), batches(1)[0]
+    file = tmp_path / "layer_times.json"
+    for _ in range(2):
+        monkeypatch.setattr(layer_times, "_known", {})
+        assert layer_times.remembered(layers, batch, 1, lambda: COSTS) == COSTS
+        (key,) = json.loads(file.read_text())
+        file.write_text(json.dumps({key: kept}))
+    assert caplog.text == ""
 
 
 def test_a_broken_or_forbidden_file_is_no_obstacle(
@@ -113,11 +92,11 @@ def test_a_broken_or_forbidden_file_is_no_obstacle(
     monkeypatch.setattr(layer_times, "_known", {})
     (tmp_path / "layer_times.json").write_text("no json")
     layers, batch = list(mlp(layers=4)), batches(1)[0]
-    assert layer_times.remembered(layers, batch, 1, lambda: [1.0] * 4) == [1.0] * 4
+    assert layer_times.remembered(layers, batch, 1, lambda: COSTS) == COSTS
     assert "cannot be read" in caplog.text
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("FDG_CACHE_DIR", str(tmp_path / "file"))
-    assert layer_times.remembered(layers, batch, 3, lambda: [1.0] * 4) == [1.0] * 4
+    assert layer_times.remembered(layers, batch, 3, lambda: COSTS) == COSTS
     assert "cannot be kept" in caplog.text
 
 

@@ -47,12 +47,14 @@ class StandIn(Accelerator):
     Attributes:
         refuses: asked before each capture; an exception it returns is raised half-way through it.
         captures: how many graphs were captured.
+        memory_bytes: what each device is said to have.
     """
 
     def __init__(self, races: RaceDetector | None = None) -> None:
         self._races = races
         self.refuses: Callable[[int], Exception | None] = lambda capture: None
         self.captures = 0
+        self.memory_bytes = 16 << 30
 
     def count(self) -> int:
         return 3
@@ -62,6 +64,9 @@ class StandIn(Accelerator):
 
     def name(self, ordinal: int) -> str:
         return f"stand-in {ordinal}"
+
+    def memory(self, ordinal: int) -> int:
+        return self.memory_bytes
 
     def lane(self, ordinal: int, handle: int) -> Lane:
         return ordinal, handle

@@ -1,0 +1,228 @@
+"""What each layer of a chain costs: seconds, and bytes kept and handed on, for one batch."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fdg_cuda.batches import Batch
+from fdg_cuda.buffers import SavedBuffers
+from fdg_cuda.chain import check_loss, check_output
+from fdg_cuda.errors import said_where
+from fdg_cuda.flat import padded_bytes
+from fdg_cuda.nested import Nested, distinct, map_distinct, tensors
+from fdg_cuda.pipeline import LossFunction
+from fdg_cuda.precision import Precision
+from fdg_cuda.saved_bytes import SavedBytes
+
+# Passes behind the one that warms up.
+MOST_PASSES, LEAST_PASSES = 9, 3
+# No more passes than the least behind so many seconds, and none that would go beyond the limit but
+# the first. A pass so long that this matters repeats itself well enough.
+ENOUGH_SECONDS, LIMIT_SECONDS = 8.0, 20.0
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """One layer's part in a step of one batch. What belongs to the loss counts to the last layer.
+
+    Attributes:
+        forward, backward: seconds.
+        parameter_bytes: trainable ones, as :class:`~fdg_cuda.flat.FlatMemory` lays them out.
+        fixed_bytes: buffers and frozen parameters.
+        saved_bytes: what autograd keeps from forward to backward, beside parameters, buffers and the
+            layer's input.
+        input_bytes: what it takes.
+        output_bytes: what it gives, and sends to the stage above if it is its stage's last layer.
+        error_bytes: the gradients of what it takes, which it sends to the stage below if it is its
+            stage's first layer.
+        kept_input_bytes: what autograd keeps of its input that the layers before do not keep anyway.
+            In a stage's first layer it is part of what the stage took.
+        kept_output_bytes: what autograd keeps of its output.
+    """
+
+    forward: float
+    backward: float
+    parameter_bytes: int = 0
+    fixed_bytes: int = 0
+    saved_bytes: int = 0
+    input_bytes: int = 0
+    output_bytes: int = 0
+    error_bytes: int = 0
+    kept_input_bytes: int = 0
+    kept_output_bytes: int = 0
+
+
+def measure(
+    layers: Sequence[nn.Module],
+    batch: Batch,
+    loss: LossFunction,
+    *,
+    threads: int,
+    precision: Precision = Precision.FLOAT32,
+    synchronize: Callable[[], object] = lambda: None,
+    random_devices: Sequence[int] = (),
+) -> list[LayerCost]:
+    """What each layer costs on ``batch``.
+
+    Seconds are medians over repeated passes through the whole chain, behind one that warms up and
+    counts the bytes: what training will take, where the smallest would be what it can take at best.
+
+    Leaves no trace: buffers, gradients, the global random state and the thread count are as before.
+
+    Args:
+        threads: intra-op threads to measure with.
+        precision: in which layers and loss compute.
+        synchronize: waits until the device has done what it was given.
+        random_devices: CUDA devices whose random state is to be as before.
+    """
+    buffers = SavedBuffers(layers)
+    gradients = [(p, p.grad) for layer in layers for p in layer.parameters()]
+    previous_threads = torch.get_num_threads()
+    chain = _Chain(layers, batch, loss, precision, synchronize)
+    try:
+        torch.set_num_threads(threads)
+        with torch.random.fork_rng(devices=list(random_devices)), torch.enable_grad():
+            counted = SavedBytes()
+            warm_up = chain.run(counted)
+            passes = _repeated(chain.run)
+    finally:
+        torch.set_num_threads(previous_threads)
+        buffers.restore()
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+    return [
+        LayerCost(
+            forward=statistics.median(each[number].forward for each in passes),
+            backward=statistics.median(each[number].backward for each in passes),
+            parameter_bytes=sum(padded_bytes(p) for p in layer.parameters() if p.requires_grad),
+            fixed_bytes=sum(b.nbytes for b in layer.buffers())
+            + sum(p.nbytes for p in layer.parameters() if not p.requires_grad),
+            saved_bytes=counted.layers[number].saved,
+            input_bytes=warm_up[number].input_bytes,
+            output_bytes=warm_up[number].output_bytes,
+            error_bytes=warm_up[number].error_bytes,
+            kept_input_bytes=counted.layers[number].kept_input,
+            kept_output_bytes=counted.layers[number].kept_output,
+        )
+        for number, layer in enumerate(layers)
+    ]
+
+
+def _repeated(run: Callable[[], list[_Passed]]) -> list[list[_Passed]]:
+    passes: list[list[_Passed]] = []
+    begin = latest = time.perf_counter()
+    while True:
+        passes.append(run())
+        now = time.perf_counter()
+        spent, longest = now - begin, now - latest
+        latest = now
+        if (
+            len(passes) == MOST_PASSES
+            or (len(passes) >= LEAST_PASSES and spent >= ENOUGH_SECONDS)
+            or spent + longest > LIMIT_SECONDS
+        ):
+            return passes
+
+
+@dataclass
+class _Passed:
+    """One layer in one pass."""
+
+    forward: float = 0.0
+    backward: float = 0.0
+    input_bytes: int = 0
+    output_bytes: int = 0
+    error_bytes: int = 0
+
+
+class _Chain:
+    """``layers`` one by one, each with an autograd graph of its own, as stages have."""
+
+    def __init__(
+        self,
+        layers: Sequence[nn.Module],
+        batch: Batch,
+        loss: LossFunction,
+        precision: Precision,
+        synchronize: Callable[[], object],
+    ) -> None:
+        self._layers = list(layers)
+        self._batch = batch
+        self._loss = loss
+        self._precision = precision
+        self._synchronize = synchronize
+
+    def run(self, counted: SavedBytes | None = None) -> list[_Passed]:
+        """A forward and a backward of every layer. ``counted``: takes note of what autograd keeps."""
+        passed = [_Passed() for _ in self._layers]
+        x = map_distinct(torch.detach, self._batch[0])
+        taken: list[list[Tensor]] = []
+        given: list[list[Tensor]] = []
+        for number, each in enumerate(passed):
+            leaf = map_distinct(_leaf, x)
+            x = self._forward(number, leaf, each, counted)
+            taken.append(distinct(leaf))
+            given.append(distinct(x))
+            each.input_bytes = sum(tensor.nbytes for tensor in taken[-1])
+            each.output_bytes = sum(tensor.nbytes for tensor in given[-1])
+        errors: list[Tensor | None] = [None]  # autograd's 1, for the loss
+        for number in reversed(range(len(passed))):
+            last = number == len(passed) - 1
+            begin = self._now()
+            roots = [
+                (output, error)
+                for output, error in zip(given[number], errors, strict=True)
+                if output.requires_grad and (error is not None or last)
+            ]
+            if roots:
+                torch.autograd.backward([root for root, _ in roots], [error for _, error in roots])
+            passed[number].backward = self._now() - begin
+            errors = [leaf.grad for leaf in taken[number]]
+            if number > 0:
+                passed[number].error_bytes = sum(e.nbytes for e in errors if e is not None)
+            for parameter in self._layers[number].parameters():
+                parameter.grad = None
+        return passed
+
+    def _forward(
+        self, number: int, leaf: Nested, passed: _Passed, counted: SavedBytes | None
+    ) -> Nested:
+        layer = self._layers[number]
+        # A copy, since a layer may work in place on its input.
+        value = map_distinct(torch.clone, leaf)
+        last = number == len(self._layers) - 1
+        with nullcontext() if counted is None else counted.begin(layer, value):
+            begin = self._now()
+            with (
+                said_where(f"layer {number}, a {type(layer).__name__}, at the first batch"),
+                self._autocast(),
+            ):
+                given = output = layer(value)
+            if last or not tensors(output):
+                check_output(output, f"layer {number}")
+            if last:
+                with said_where("the loss of the first batch"), self._autocast():
+                    given = check_loss(self._loss(output, self._batch[1]), 0)
+            passed.forward = self._now() - begin
+        if counted is not None:
+            counted.end(output)
+        return given
+
+    def _now(self) -> float:
+        self._synchronize()
+        return time.perf_counter()
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        return self._precision.autocast(tensors(self._batch[0])[0].device.type)
+
+
+def _leaf(tensor: Tensor) -> Tensor:
+    """``tensor`` without its past, with a gradient if somebody there wants one."""
+    return tensor.detach().requires_grad_(tensor.requires_grad)

@@ -1,0 +1,163 @@
+"""Where to cut a chain of layers into stages: the best of all cuts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fdg_cuda.backward_weights import BackwardWeights
+from fdg_cuda.costs import LayerCost
+from fdg_cuda.cut_search import Search
+from fdg_cuda.hardware import DeviceSpec, Link
+from fdg_cuda.schedule import Schedule
+from fdg_cuda.stage_memory import SGD_STATE, Holding, StageMemory, stage_memory
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A cut, and what each stage will do.
+
+    Attributes:
+        split: layers with which stages 1, 2, ... begin.
+        stage_seconds: per stage, of its forward and backward of one batch.
+        hop_seconds: per stage, in which its send stream is busy with one batch: its activations on
+            their way up and its error signals on their way down.
+        memory: per stage.
+    """
+
+    split: list[int]
+    stage_seconds: list[float]
+    hop_seconds: list[float]
+    memory: list[StageMemory]
+
+    @property
+    def longest(self) -> float:
+        """Seconds of a tick: of the stage, or the send stream, that takes longest."""
+        return max(*self.stage_seconds, *self.hop_seconds)
+
+
+class CutMemoryError(ValueError):
+    """No cut fits into the devices' memories.
+
+    Attributes:
+        stages: those that lack memory in the cut that lacks least; several share a device.
+        shortage_bytes: how much they lack.
+        fitting_modes: values of ``backward_weights`` with which there is a cut that fits.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        stages: range,
+        shortage_bytes: int,
+        fitting_modes: Sequence[BackwardWeights],
+    ) -> None:
+        self.stages = stages
+        self.shortage_bytes = shortage_bytes
+        self.fitting_modes = list(fitting_modes)
+        super().__init__(message)
+
+
+def best_cut(
+    costs: Sequence[LayerCost],
+    devices: Sequence[DeviceSpec],
+    schedule: Schedule,
+    mode: BackwardWeights,
+    *,
+    hops: Sequence[Link] | None = None,
+    state: int = SGD_STATE,
+) -> Cut:
+    """The cut into ``schedule.stages`` contiguous stages whose longest time is as short as possible,
+    of those that fit into the devices' memories. Exact; of equal cuts the one that cuts earliest, and
+    where stages share a device whose memory is short, the one that needs least.
+
+    In ``"bp"``, where stages take turns, the longest stage says less; it is cut the same way.
+
+    Args:
+        costs: of the layers, in order.
+        devices: one per stage. Where stages that are no neighbours share one, each run of neighbours
+            has a part of its memory, in proportion to its stages.
+        mode: stages that run forwards again take their time too.
+        hops: one per pair of neighbours; None: nothing takes time on its way.
+        state: how many times the parameters' bytes an optimizer remembers.
+
+    Raises:
+        CutMemoryError: no cut fits.
+        ValueError: fewer layers than stages, or not one device per stage and one hop between two.
+    """
+    stages = schedule.stages
+    links = [Link()] * (stages - 1) if hops is None else list(hops)
+    if len(costs) < stages:
+        raise ValueError(f"{len(costs)} layers cannot be cut into {stages} stages")
+    if len(devices) != stages or len(links) != stages - 1:
+        raise ValueError(
+            f"{stages} stages need {stages} devices and {stages - 1} hops between them; got "
+            f"{len(devices)} and {len(links)}"
+        )
+
+    problem = _Problem(costs, devices, schedule, links, state)
+    search = problem.search(mode)
+    split = search.best()
+    if split is None:
+        raise problem.lack(mode)
+    return Cut(
+        split, search.stage_seconds(split), search.send_seconds(split), problem.memory(split, mode)
+    )
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """What is asked, but for the mode."""
+
+    costs: Sequence[LayerCost]
+    devices: Sequence[DeviceSpec]
+    schedule: Schedule
+    links: Sequence[Link]
+    state: int
+
+    def holdings(self, mode: BackwardWeights) -> list[Holding]:
+        stages = range(self.schedule.stages)
+        return [Holding.of(self.schedule, mode, k, state=self.state) for k in stages]
+
+    def search(self, mode: BackwardWeights) -> Search:
+        return Search(self.costs, self.holdings(mode), self.devices, self.links)
+
+    def memory(self, split: list[int], mode: BackwardWeights) -> list[StageMemory]:
+        ends = [*split, len(self.costs)]
+        return [
+            stage_memory(self.costs[i:j], self.costs[j] if j < len(self.costs) else None, holding)
+            for i, j, holding in zip([0, *split], ends, self.holdings(mode), strict=True)
+        ]
+
+    def lack(self, mode: BackwardWeights) -> CutMemoryError:
+        """That no cut fits, with what is lacking in the one that lacks least."""
+        search = self.search(mode)
+        split = search.least_short()
+        shortage, run = search.shortage(split)
+        needed = [self.memory(split, mode)[k] for k in run.stages]
+        total = sum(each.total for each in needed)
+        batches = sum(each.activations + each.hops for each in needed)
+        fitting = [
+            other
+            for other in BackwardWeights
+            if other is not mode and self.search(other).least_memory() is not None
+        ]
+        names = [f"backward_weights={other.value!r}" for other in fitting]
+        ways = f"{' or '.join(names)} would fit, or try" if names else "Try"
+        return CutMemoryError(
+            f"no cut of these {len(self.costs)} layers into {self.schedule.stages} stages fits into "
+            f"memory with backward_weights={mode.value!r}. In the one that lacks least, split={split}, "
+            f"{run.title} on {run.device} would need {_said(total)} ({_said(batches)} for batches in "
+            f"flight, {_said(total - batches)} for weights and what belongs to them), {_said(shortage)} "
+            f"more than there is. {ways} smaller batches, more stages or larger devices; a split of "
+            f"your own (split=[...]) is not held against memory.",
+            stages=run.stages,
+            shortage_bytes=math.ceil(shortage),
+            fitting_modes=fitting,
+        )
+
+
+def _said(nbytes: float) -> str:
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.2f} MB"

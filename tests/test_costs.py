@@ -1,0 +1,278 @@
+"""What layers cost, and what stages hold of it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import pytest
+import torch
+from chains import CLASSES, FEATURES, Batch, batches, convolutional, even_split, images, mlp
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fdg_cuda import FDGRunner, costs
+from fdg_cuda.backward_weights import BackwardWeights
+from fdg_cuda.capture import capture
+from fdg_cuda.costs import LayerCost, measure
+from fdg_cuda.precision import Precision
+from fdg_cuda.schedule import METHODS
+from fdg_cuda.stage import Stage
+from fdg_cuda.stage_memory import Holding, stage_memory
+
+CROSS_ENTROPY = nn.functional.cross_entropy
+BATCH = batches(1, last=None)[0]  # 8 samples
+
+
+@pytest.fixture(autouse=True)
+def few_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(costs, "MOST_PASSES", 1)
+
+
+def test_measuring_leaves_no_trace() -> None:
+    torch.manual_seed(0)
+    layers: list[nn.Module] = [
+        nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(), nn.ReLU(inplace=True), nn.Linear(8, 4)
+    ]  # fmt: skip
+    model = nn.Sequential(*layers).double()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    random_state, threads = torch.get_rng_state(), torch.get_num_threads()
+    measured = measure(layers, BATCH, CROSS_ENTROPY, threads=1)
+    assert len(measured) == 5
+    assert all(cost.forward > 0 and cost.backward > 0 for cost in measured)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert torch.get_num_threads() == threads
+    assert all(p.grad is None for p in model.parameters())
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key])
+
+
+def test_bytes_of_a_chain() -> None:
+    """By hand: float64, 8 samples, 6 features, 10 between."""
+    layers = [
+        nn.Linear(FEATURES, 10).double(),
+        nn.Tanh(),
+        nn.Linear(10, 10, bias=False).double().requires_grad_(False),
+        nn.ReLU(inplace=True),
+        nn.Linear(10, CLASSES).double(),
+    ]
+    first, tanh, frozen, relu, last = measure(layers, BATCH, CROSS_ENTROPY, threads=1)
+    wide = 8 * 10 * 8
+    # 60 weights lie in 512 bytes, 10 biases in 128: whole lines of a cache.
+    assert bytes_of(first) == {
+        "parameter_bytes": 512 + 128,
+        "input_bytes": 8 * FEATURES * 8,
+        "output_bytes": wide,
+        "kept_input_bytes": 8 * FEATURES * 8,
+    }
+    through = {"input_bytes": wide, "output_bytes": wide, "error_bytes": wide}
+    # Tanh keeps its output; a layer that is not trained needs none of its input.
+    assert bytes_of(tanh) == {**through, "saved_bytes": wide, "kept_output_bytes": wide}
+    assert bytes_of(frozen) == {**through, "fixed_bytes": 800}
+    # In place: what it keeps is its output, and in a stage of its own a copy of its input.
+    assert bytes_of(relu) == {**through, "saved_bytes": wide, "kept_output_bytes": wide}
+    assert last.kept_input_bytes == 0  # ReLU keeps it
+    assert last.output_bytes == 8  # the loss
+    # Logarithms of probabilities, labels, and the sum of the labels' weights.
+    assert last.saved_bytes == 8 * CLASSES * 8 + 8 * 8 + 8
+
+
+def bytes_of(cost: LayerCost) -> dict[str, int]:
+    """What is not 0."""
+    return {
+        name: value
+        for name, value in vars(cost).items()
+        if name not in ("forward", "backward") and value
+    }
+
+
+class Fork(nn.Module):
+    """Hands its input on beside what it makes of it, and whole numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(FEATURES, FEATURES).double()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.linear(x), x, torch.arange(len(x))
+
+
+class Handing(nn.Module):
+    def forward(self, hop: tuple[Tensor, Tensor, Tensor]) -> list[Tensor]:
+        one, two, order = hop
+        return [one.sin(), two, order, two]  # which is one tensor still
+
+
+class Join(nn.Module):
+    def forward(self, hop: list[Tensor]) -> Tensor:
+        one, two, order, again = hop
+        assert again is two
+        return (one * two)[order]
+
+
+def test_layers_that_take_and_give_several_tensors() -> None:
+    layers = [nn.Linear(FEATURES, FEATURES).double(), Fork(), Handing(), Join()]
+    first, fork, handing, join = measure(layers, BATCH, F.cross_entropy, threads=1)
+    one, order = 8 * FEATURES * 8, 8 * 8
+    assert first.kept_output_bytes == 0
+    assert fork.kept_input_bytes == one  # of the linear layer
+    assert fork.output_bytes == 2 * one + order
+    # It is handed through, and kept here, not there.
+    assert fork.kept_output_bytes == one
+    assert handing.input_bytes == handing.output_bytes == 2 * one + order
+    assert handing.error_bytes == join.error_bytes == 2 * one
+    assert handing.kept_input_bytes == one  # of sin
+    assert handing.saved_bytes == 0
+    # Of its three inputs the product keeps two, and the indexing the order.
+    assert join.kept_input_bytes == one + order
+    assert join.kept_output_bytes == 0
+
+
+def test_no_gradient_comes_back_where_none_is_wanted() -> None:
+    class Detach(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.detach()
+
+    layers = [nn.Linear(FEATURES, 5), nn.Tanh(), Detach(), nn.Linear(5, CLASSES)]
+    model = nn.Sequential(*layers).double()
+    measured = measure(list(model), BATCH, CROSS_ENTROPY, threads=1)
+    assert [cost.error_bytes for cost in measured] == [0, 0, 0, 0]
+    assert [cost.input_bytes for cost in measured] == [8 * 6 * 8] + [8 * 5 * 8] * 3
+
+
+def test_a_captured_chain() -> None:
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = (nn.Linear(8, 8) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            skip = self.a(x)
+            return self.c(self.b(skip.relu()) + skip)
+
+    x = torch.randn(4, 8)
+    chain = capture(Residual(), x)
+    measured = measure(chain.pieces, (x, torch.randint(0, 8, (4,))), CROSS_ENTROPY, threads=1)
+    for cut in chain.allowed_cuts():
+        crossing = sum(each.nbytes for each in chain.crossing(cut))
+        assert measured[cut - 1].output_bytes == measured[cut].input_bytes == crossing
+        assert measured[cut].error_bytes == crossing
+
+
+class Clock:
+    """Passes of so many seconds."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self.now = seconds, 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def run(self) -> list[object]:
+        self.now += self.seconds
+        return []
+
+
+@pytest.mark.parametrize(("seconds", "passes"), [(0.01, 9), (1.5, 6), (4.0, 3), (8.0, 2), (60, 1)])
+def test_long_passes_are_repeated_less(
+    seconds: float, passes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock(seconds)
+    monkeypatch.setattr(costs, "MOST_PASSES", 9)
+    monkeypatch.setattr(costs, "time", clock)
+    assert len(costs._repeated(clock.run)) == passes  # type: ignore[arg-type]
+
+
+# -- what a stage holds ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", BackwardWeights)
+@pytest.mark.parametrize("method", METHODS)
+def test_weights_and_momentum_are_those_of_flat_memory(method: str, mode: BackwardWeights) -> None:
+    model = mlp()
+    measured = measure(list(model), BATCH, CROSS_ENTROPY, threads=1)
+    split = even_split(8, 3)
+    runner = FDGRunner(model, ["cpu"] * 3, split=split, method=method, backward_weights=mode.value)
+    for stage, part in zip(runner.stages, parts(measured, split), strict=True):
+        holding = Holding.of(runner.schedule, mode, stage.index)
+        needed = stage_memory(part, None, holding)
+        snapshot = stage.snapshot()
+        assert needed.weights == stage.memory.weight_bytes
+        assert needed.optimizer == stage.memory.momentum.nbytes
+        assert needed.snapshot == snapshot.weights.nbytes + stage.memory.momentum.nbytes
+        assert needed.gradients == 2 * snapshot.weights.nbytes
+        assert needed.fixed == sum(b.nbytes for layer in stage.layers for b in layer.buffers())
+
+
+def parts(measured: list[LayerCost], split: list[int]) -> Iterator[list[LayerCost]]:
+    for begin, end in itertools.pairwise([0, *split, len(measured)]):
+        yield measured[begin:end]
+
+
+class Held:
+    """What autograd keeps of the batches in flight at a stage, and the inputs, as storages."""
+
+    def __init__(self, stage: Stage) -> None:
+        self.stage = stage
+        self.most = 0
+        self._held: dict[int, dict[int, int]] = {}  # batch -> storages: address -> bytes
+        self._forward, self._backward = stage._forward, stage._backward
+        stage._forward = self.forward  # type: ignore[method-assign]
+        stage._backward = self.backward  # type: ignore[method-assign]
+
+    def forward(self, slot: int, copy: int, batch: int) -> None:
+        with self.noting(copy, batch):
+            self._forward(slot, copy, batch)
+        storage = self.stage._slots[slot].input.untyped_storage()
+        self._held[batch][storage.data_ptr()] = storage.nbytes()
+        self.look()
+
+    def backward(self, slot: int, copy: int, batch: int, row: int = 0) -> None:
+        with self.noting(copy, batch):
+            self._backward(slot, copy, batch, row)
+        self.look()
+        del self._held[batch]
+
+    def noting(self, copy: int, batch: int) -> torch.autograd.graph.saved_tensors_hooks:
+        buffers = [buffer for layer in self.stage.layers for buffer in layer.buffers()]
+        own = {t.untyped_storage().data_ptr() for t in (*self.stage.memory.leaves[copy], *buffers)}
+        held = self._held.setdefault(batch, {})
+
+        def note(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                held[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        return torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
+
+    def look(self) -> None:
+        if 0 in self._held:  # works on a copy of its input, to find out whether it is changed
+            return
+        self.most = max(self.most, sum(sum(held.values()) for held in self._held.values()))
+
+
+@pytest.mark.parametrize("mode", BackwardWeights)
+@pytest.mark.parametrize("kind", ["mlp", "convolutional", "bfloat16"])
+def test_activations_are_what_autograd_keeps_in_training(kind: str, mode: BackwardWeights) -> None:
+    model, data = chain_of(kind)
+    precision = Precision.BFLOAT16 if kind == "bfloat16" else Precision.FLOAT32
+    measured = measure(list(model), data[0], CROSS_ENTROPY, threads=1, precision=precision)
+    split = [2, 4] if kind == "convolutional" else [3, 5]
+    runner = FDGRunner(
+        model, ["cpu"] * 3, split=split, backward_weights=mode.value, precision=precision.value
+    )
+    watches = [Held(stage) for stage in runner.stages]
+    runner.fit(data)
+    for held, part in zip(watches, parts(measured, split), strict=True):
+        holding = Holding.of(runner.schedule, mode, held.stage.index)
+        assert stage_memory(part, None, holding).activations == held.most
+
+
+def chain_of(kind: str) -> tuple[nn.Sequential, list[Batch]]:
+    if kind == "convolutional":
+        return convolutional(), images(8)
+    if kind == "bfloat16":
+        data = [(x.float(), y) for x, y in batches(8, last=None)]
+        return mlp().float(), data
+    return mlp(), batches(8, last=None)
