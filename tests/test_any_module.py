@@ -480,8 +480,8 @@ def a_run(
 def test_going_on_gives_the_bits_of_training_without_a_break(
     tmp_path: Path, options: dict[str, Any]
 ) -> None:
-    """The first batch, which a captured model is captured on, is looked at before the checkpoint's states
-    are there; the loader draws its order from them nevertheless."""
+    """The first batch, for the capture, is looked at before the checkpoint's states are there; the
+    loader draws its order from them nevertheless."""
     expected = a_run(tmp_path / "unbroken", **options)
     for crash in (4, 8, 12):
         folder = tmp_path / str(crash)
@@ -577,16 +577,17 @@ def test_cuts_that_the_captured_model_has_not(
 
 
 class Loop(nn.Module):
-    """A loop over one cell, between two layers."""
+    """A loop over two cells, between two layers."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.cell, self.last = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 4)
+        self.first, self.last = nn.Linear(6, 6), nn.Linear(6, 4)
+        self.cell, self.other = nn.Linear(6, 6), nn.Linear(6, 6)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.first(x)
         for _ in range(3):
-            x = torch.tanh(self.cell(x))
+            x = self.other(torch.tanh(self.cell(x)))
         return self.last(x)
 
 
@@ -602,11 +603,17 @@ def test_weights_that_are_used_again_are_never_cut_apart() -> None:
         ModelCaptureError, match=r"too few for 4 stages: parameter words.weight is used"
     ):
         FDGRunner(model, ["cpu"] * 4, sample=ids)
-    with pytest.raises(ModelCaptureError, match=r"too few for 5.* used 3 times, in a loop around"):
-        FDGRunner(Loop(), ["cpu"] * 5, sample=torch.randn(2, 6))
-    runner = FDGRunner(Loop(), ["cpu"] * 4, lr=0.05)
+    x = torch.randn(2, 6)
+    looped = "parameter cell.weight is used 3 times, in a loop around cell"
+    with pytest.raises(
+        ModelCaptureError, match=rf"cannot cut before other: {looped}.*nearest cuts"
+    ):
+        FDGRunner(Loop(), ["cpu", "cpu"], split_points=["other"], sample=x)
+    with pytest.raises(ModelCaptureError, match=rf"3 pieces at most, too few for 4.*{looped}"):
+        FDGRunner(Loop(), ["cpu"] * 4, sample=x)
+    runner = FDGRunner(Loop(), ["cpu"] * 3, lr=0.05)
     runner.fit(data_of(4))
-    assert runner.split_points == ["cell", "tanh in the model", "last"]
+    assert runner.split_points == ["cell", "last"]
 
 
 # -- what cannot be captured -------------------------------------------------------------------------
