@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fdg_cuda.nested import Nested, stranger_in, tensors
+
 TRAINABLE_DTYPES = (torch.float32, torch.float64)
 
 
@@ -110,18 +112,26 @@ def check_shared(model: nn.Module, stages: Sequence[Sequence[nn.Module]]) -> Non
                     )
 
 
-def check_output(value: Any, what: str) -> Tensor:
+def check_output(value: Any, what: str) -> Nested:
     """``value`` if it is what ``what`` (a stage or layer) may pass on.
 
     Raises:
-        TypeError: it is no tensor.
+        TypeError: there is no tensor in it, or something that is neither tensor nor plain.
     """
-    if not isinstance(value, Tensor):
-        raise TypeError(
-            f"{what} returned a {type(value).__name__}; each part of a chain passes on one tensor. "
-            f"Cut the chain elsewhere, or wrap the layer so that it returns one."
-        )
-    return value
+    stranger = stranger_in(value)
+    if stranger is None and tensors(value):
+        return value
+    trouble = ""
+    if stranger is None:
+        trouble = " without any tensor"
+    elif stranger is not value:
+        trouble = f" with a {type(stranger).__name__} in it"
+    raise TypeError(
+        f"{what} returned a {type(value).__name__}{trouble}; each part of a chain passes on one tensor, "
+        f"or tuples, lists and dicts of tensors. Cut the chain elsewhere, wrap the layer so that it "
+        f"returns one of those, or tell torch how to take its type apart: "
+        f"torch.utils._pytree.register_pytree_node."
+    )
 
 
 def check_scalar(loss: Any) -> Tensor:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from itertools import count, pairwise
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fdg_cuda._core import Scheduler
 from fdg_cuda.batches import Batch
@@ -86,7 +86,7 @@ class CpuInference:
             restore_generator()
             self._rerouted = False
 
-    def run(self, batches: Iterator[Batch]) -> Iterator[Tensor]:
+    def run(self, batches: Iterator[Batch]) -> Iterator[Nested]:
         """What ``finish`` made of each batch, in order, a bounded number of batches behind."""
         # Behind the enqueuing of a tick this many ticks, and so many batches, are surely done.
         behind = MAX_TICKS_IN_FLIGHT + self._schedule.latency
@@ -118,7 +118,7 @@ class _Ends:
     first: int
     inputs: dict[int, Nested] = field(default_factory=dict)
     targets: dict[int, Nested] = field(default_factory=dict)
-    results: dict[int, Tensor] = field(default_factory=dict)
+    results: dict[int, Nested] = field(default_factory=dict)
 
 
 class _ForwardStage:
@@ -140,8 +140,8 @@ class _ForwardStage:
         self._generator = torch.Generator()
         seed_stage(self._generator, seed, index)
         self._inference_mode = torch.is_inference_mode_enabled()  # of the caller
-        self._inbox: list[Tensor | None] = [None] * INBOX_HALVES
-        self._output: Tensor | None = None
+        self._inbox: list[Nested] = [None] * INBOX_HALVES
+        self._output: Nested = None
 
     def work(self, step: Step) -> Callable[[int], None]:
         return self._draw_own if step.kind is Kind.FORWARD else self._send

@@ -99,7 +99,7 @@ class CpuPipeline(Pipeline):
         self._stages[0].inputs[number] = cloned(batch[0])
         self._targets[number] = cloned(batch[1])
 
-    def _loss(self, output: Tensor, batch: int) -> Tensor:
+    def _loss(self, output: Nested, batch: int) -> Tensor:
         """Runs on the last stage's stream."""
         target = self._targets.pop(batch)
         # New containers: what the loss takes out of them still counts as samples.
@@ -108,5 +108,5 @@ class CpuPipeline(Pipeline):
         value = loss.item()
         if not math.isfinite(value) and self._scales is None:
             raise self._non_finite(value, batch)
-        self.results.append((value, sample_count(target), count_correct(output.detach(), target)))
+        self.results.append((value, sample_count(target), count_correct(output, target)))
         return loss

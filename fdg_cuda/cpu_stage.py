@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from fdg_cuda._core import FlatSgd, Work
 from fdg_cuda.backward_weights import BackwardWeights
 from fdg_cuda.gradients import UpdateRule
+from fdg_cuda.hops import Errors, take_gradients
 from fdg_cuda.hyper import HyperTable
 from fdg_cuda.layout import INBOX_HALVES, Step
 from fdg_cuda.nested import Nested
 from fdg_cuda.precision import Precision
 from fdg_cuda.randomness import RandomState, drawing_from, seed_stage
 from fdg_cuda.schedule import Kind
-from fdg_cuda.stage import Stage, wants_gradient
+from fdg_cuda.stage import Stage
 
 
 class CpuStage(Stage):
@@ -60,10 +61,10 @@ class CpuStage(Stage):
         self.inputs: dict[int, Nested] = {}  # stage 0: batches that entered, by number
         self._sgd: FlatSgd | None = None
         # Mail: what the neighbours sent, and what this stage is about to send.
-        self._activations: list[Tensor | None] = [None] * INBOX_HALVES
-        self._errors: list[Tensor | None] = [None] * INBOX_HALVES
-        self._output: Tensor | None = None
-        self._error: Tensor | None = None
+        self._activations: list[Nested] = [None] * INBOX_HALVES
+        self._incoming_errors: list[Errors | None] = [None] * INBOX_HALVES
+        self._output: Nested = None
+        self._errors: Errors | None = None
 
     def begin_fit(self, *, hyper: HyperTable, threads: int) -> None:
         """Lay the parameters out anew if they changed, and make the native update."""
@@ -96,8 +97,8 @@ class CpuStage(Stage):
         super().end_epoch()
         self.inputs.clear()
         self._activations = [None] * INBOX_HALVES
-        self._errors = [None] * INBOX_HALVES
-        self._output = self._error = None
+        self._incoming_errors = [None] * INBOX_HALVES
+        self._output = self._errors = None
 
     def random_state(self) -> RandomState:
         return (self.generator.get_state(),)
@@ -166,21 +167,23 @@ class CpuStage(Stage):
         activation = self._activations[half]
         assert activation is not None, f"no activation of batch {batch} at stage {self.index}"
         self._activations[half] = None
-        return activation.requires_grad_(wants_gradient(activation))
+        return activation
 
-    def _take_error(self, batch: int) -> Tensor | None:
+    def _take_errors(self, batch: int) -> Errors | None:
         half = batch % INBOX_HALVES
-        error = self._errors[half]
-        self._errors[half] = None
-        return error
+        errors = self._incoming_errors[half]
+        self._incoming_errors[half] = None
+        return errors
 
-    def _pass_up(self, slot: int, batch: int, output: Tensor) -> None:
+    def _pass_up(self, slot: int, batch: int, output: Nested) -> None:
         self._output = output
 
-    def _pass_down(self, batch: int, leaf: Tensor | None) -> None:
-        assert leaf is not None
-        self._error = leaf.grad
-        leaf.grad = None
+    def _tell_overlapping(self, numbers: frozenset[int]) -> None:
+        assert self.above is not None
+        self.above.overlapping = numbers
+
+    def _pass_down(self, batch: int, leaves: Sequence[Tensor]) -> None:
+        self._errors = take_gradients(leaves)
 
     def _send_activation(self, batch: int) -> None:
         assert self.above is not None
@@ -189,5 +192,5 @@ class CpuStage(Stage):
 
     def _send_error(self, batch: int) -> None:
         assert self.below is not None
-        self.below._errors[batch % INBOX_HALVES] = self._error
-        self._error = None
+        self.below._incoming_errors[batch % INBOX_HALVES] = self._errors
+        self._errors = None

@@ -24,11 +24,23 @@ from torch import Tensor, nn
 from fdg_cuda import _core
 from fdg_cuda.accelerator import Graph, accelerator
 from fdg_cuda.buffers import SavedBuffers
-from fdg_cuda.cuda_stage import CudaStage
+from fdg_cuda.cuda_stage import CudaStage, parcel_of
 from fdg_cuda.errors import CaptureError, DeviceOutOfMemoryError
 from fdg_cuda.graph_stage import modes_of
-from fdg_cuda.mail import Form, addresses, extent, laid_out_like, without_gaps, word
-from fdg_cuda.nested import Nested
+from fdg_cuda.hops import Errors, reached
+from fdg_cuda.mail import (
+    Form,
+    Parcel,
+    addresses,
+    errors_in,
+    extent,
+    form_of_errors,
+    packed_errors,
+    without_gaps,
+    word,
+)
+from fdg_cuda.nested import Nested, distinct
+from fdg_cuda.stage import Slot
 from fdg_cuda.torch_facts import has_hooks
 
 logger = logging.getLogger("fdg_cuda")
@@ -46,13 +58,18 @@ class SlotGraphs:
 
     input: Nested
     target: Nested  # None but at the last stage
-    root: Tensor  # keeps the autograd graph, and with it the activations, alive
-    sent: Tensor | None = None  # what goes up; None at the last stage
-    error: Tensor | None = None  # where the error signal is taken in
-    # Where the backward leaves its results; 0 bytes: no error signal goes down. The tensors
-    # themselves are not kept, so that the next slot's backward leaves its own in the same memory.
+    roots: Sequence[Tensor] = ()  # keep the autograd graph, and with it the activations, alive
+    # What goes up, and how; None at the last stage.
+    sent: Tensor | None = None
+    parcel: Parcel | None = None
+    # Where the error signals are taken in, and what they are; None at the last stage.
+    incoming: Tensor | None = None
+    errors: Errors | None = None
+    # Where the backward leaves its results, and what goes down. The tensors themselves are not kept,
+    # so that the next slot's backward leaves its own in the same memory.
     gradients: Sequence[int] = ()
-    error_down: tuple[int, int] = (0, 0)  # address, bytes
+    address_down: int = 0
+    parcel_down: Parcel | None = None
     forward: Graph | None = None
     backward: Graph | None = None
 
@@ -69,8 +86,8 @@ class StageGraphs:
         self._warm = False
         self._draws_random_numbers = False
         self._circumstances: object = None
-        # Where every slot's backward takes the error signal in: one is at work at a time.
-        self._error: Tensor | None = None
+        # Where every slot's backward takes the error signals in: one is at work at a time.
+        self._incoming: Tensor | None = None
         self._backward_pool: object = accelerator().graph_pool()
 
     # -- works ---------------------------------------------------------------------------------
@@ -96,7 +113,14 @@ class StageGraphs:
         self._drop()
         self._forwards.clear()
         self._backwards.clear()
-        self._error = None
+        self._incoming = None
+
+    def lend(self, slot: int, held: Slot) -> None:
+        """Let a backward that is not replayed have what a replayed forward left in ``slot``: other
+        error signals came than are the rule."""
+        graphs = self._slots.get(slot)
+        if graphs is not None and not held.roots:
+            held.input, held.roots, held.lent = graphs.input, graphs.roots, True
 
     def begin_epoch(self) -> None:
         """Capture again if the layers are no longer what they were (modes, buffers, settings)."""
@@ -154,11 +178,12 @@ class StageGraphs:
         words: list[Words] = []
         if stage.above is not None:
             assert graphs.sent is not None
+            assert graphs.parcel is not None
             inbox = stage.above.mail.inbox
-            inbox.reserve(half, graphs.sent.nbytes)
+            inbox.reserve(half, graphs.parcel.nbytes)
             words = [
                 (word(stage.mail.output_words, slot)[0], [graphs.sent.data_ptr()]),
-                (word(inbox.sent, half)[0], [graphs.sent.nbytes]),
+                (word(inbox.sent, half)[0], [graphs.parcel.nbytes]),
                 (word(inbox.by_graph, half)[0], [1]),
             ]
         self._use(self._forwards[slot, half][0], graphs.forward, intakes, words)
@@ -168,18 +193,21 @@ class StageGraphs:
         if graphs is None or graphs.backward is None:
             return
         intakes: list[Intake] = []
-        if graphs.error is not None:
+        if graphs.incoming is not None:
             inbox = stage.mail.errors
-            source, sent = word(inbox.address, half)[0], word(inbox.sent, half)[0]
-            intakes.append(_intake(source, extent(graphs.error), sent))
+            source, fitting = word(inbox.address, half)[0], word(inbox.fitting, half)[0]
+            intakes.append(_intake(source, extent(graphs.incoming), fitting))
         row = stage.memory.gradient_table[slot]
         words: list[Words] = [(int(row.ctypes.data), list(graphs.gradients))]
         if stage.below is not None:
-            errors, (address, nbytes) = stage.below.mail.errors, graphs.error_down
+            errors, parcel = stage.below.mail.errors, graphs.parcel_down
+            nbytes = 0 if parcel is None else parcel.nbytes
             words += [
                 (word(errors.sent, half)[0], [nbytes]),
+                # A receiver without graphs so far takes in, once it has some, what is sent here.
+                (word(errors.fitting, half)[0], [nbytes if errors.taken in (None, parcel) else 0]),
                 (word(errors.by_graph, half)[0], [1]),
-                (word(stage.mail.error_words, 0)[0], [address]),
+                (word(stage.mail.error_words, 0)[0], [graphs.address_down]),
             ]
             errors.reserve(half, nbytes)
         self._use(self._backwards[slot, half], graphs.backward, intakes, words)
@@ -215,7 +243,6 @@ class StageGraphs:
         graphs = SlotGraphs(
             input=stage._take_input(batch),
             target=stage.take_target(batch) if stage.is_last else None,
-            root=torch.empty(0),
         )
         stage._target = graphs.target
         # Neither warm-up nor capture may show in what is trained.
@@ -244,12 +271,11 @@ class StageGraphs:
         stage = self._stage
         before = accelerator().random_state(stage.ordinal)
         for _ in range(WARM_UPS):
-            root, output = stage._compute(graphs.input, batch)
-            if not root.requires_grad:
+            roots, output = stage._compute(graphs.input, batch)
+            if not any(root.requires_grad for root in roots):
                 return False
-            stage._check_leaves(root, graphs.input, copy)
-            error = None if stage.is_last else torch.zeros_like(without_gaps(output))
-            self._gradients(graphs, root, error, copy)
+            stage._check_leaves(roots, graphs.input, copy)
+            self._gradients(graphs, roots, None if stage.is_last else _rule(output), copy)
         after = accelerator().random_state(stage.ordinal)
         self._draws_random_numbers = not torch.equal(before, after)
         self._warm = True
@@ -261,33 +287,48 @@ class StageGraphs:
         def forward() -> list[Tensor]:
             stage._sites.install(stage.memory.leaves[copy])
             stage._target = graphs.target
-            graphs.root, output = stage._compute(graphs.input, batch)
+            graphs.roots, output = stage._compute(graphs.input, batch)
             if stage.is_last:
                 return []
-            sent = without_gaps(output)
-            graphs.sent = sent if graphs.sent is None else graphs.sent
+            sent, parcel = parcel_of(output)
+            if graphs.sent is None:
+                graphs.sent, graphs.parcel = sent, parcel
+                graphs.errors = _rule(output)
             return [sent]
 
         def backward() -> list[Tensor]:
-            gradients, down = self._gradients(graphs, graphs.root, graphs.error, copy)
+            gradients, errors = self._gradients(graphs, graphs.roots, graphs.errors, copy)
+            down = None
+            if any(error is not None for error in errors):
+                down, form = packed_errors(errors, list(map(Form.of, distinct(graphs.input))))
             if graphs.backward is None:
                 graphs.gradients = addresses(gradients)
-                graphs.error_down = (0, 0) if down is None else (down.data_ptr(), down.nbytes)
+                if down is not None:
+                    graphs.address_down, graphs.parcel_down = down.data_ptr(), Parcel(form)
             return [g for g in (*gradients, down) if g is not None]
 
         graphs.forward = self._captured("forward", accelerator().graph_pool(), forward)
         if stage.above is not None:
-            assert graphs.sent is not None
-            form = Form.of(graphs.sent)
-            if self._error is None:
-                self._error = torch.zeros_like(graphs.sent)
-            graphs.error = self._error
-            if stage.above.mail.inbox.regular not in (None, form):
+            if stage.above.mail.inbox.regular not in (None, graphs.parcel):
                 raise CaptureError("its output changes its layout from batch to batch")
-            stage.above.mail.inbox.regular = form
-        if stage.below is not None:
-            stage.below.mail.errors.regular = Form.of(graphs.input)
+            stage.above.mail.inbox.regular = graphs.parcel
+            self._take_in(graphs)
         graphs.backward = self._captured("backward", self._backward_pool, backward)
+        if stage.below is not None and graphs.parcel_down is not None:
+            stage.below.mail.errors.regular = graphs.parcel_down
+
+    def _take_in(self, graphs: SlotGraphs) -> None:
+        """Make room for the error signals: those that the stage above was seen to send if it has
+        graphs, else those to be expected."""
+        inbox = self._stage.mail.errors
+        if inbox.taken is None:
+            assert graphs.errors is not None
+            inbox.taken = inbox.regular or Parcel(form_of_errors(graphs.errors))
+        if self._incoming is None:
+            device = self._stage.device
+            self._incoming = torch.zeros(inbox.taken.nbytes, dtype=torch.uint8, device=device)
+        graphs.incoming = self._incoming
+        graphs.errors = errors_in(self._incoming, inbox.taken.form)
 
     def _captured(self, what: str, pool: object, function: Callable[[], list[Tensor]]) -> Graph:
         stage = self._stage
@@ -300,16 +341,22 @@ class StageGraphs:
             ) from error
 
     def _gradients(
-        self, graphs: SlotGraphs, root: Tensor, error: Tensor | None, copy: int
-    ) -> tuple[list[Tensor | None], Tensor | None]:
-        """Of the parameters, laid out as the update reads them, and of the input."""
+        self, graphs: SlotGraphs, roots: Sequence[Tensor], errors: Errors | None, copy: int
+    ) -> tuple[list[Tensor | None], Errors]:
+        """Of the parameters, laid out as the update reads them, and of each tensor of the input.
+
+        Args:
+            errors: from which it starts; None: from the loss.
+        """
         stage = self._stage
         leaves = stage.memory.leaves[copy]
-        wanted = [] if stage.is_first or not graphs.input.requires_grad else [graphs.input]
+        incoming = distinct(graphs.input)
+        wanted = [leaf for leaf in incoming if leaf.requires_grad]
+        outputs, signals = (roots, None) if errors is None else reached(roots, errors)
         found = torch.autograd.grad(
-            [root],
+            outputs,
             [*leaves, *wanted],
-            grad_outputs=[error],
+            grad_outputs=signals,
             retain_graph=True,
             allow_unused=True,
         )
@@ -317,10 +364,8 @@ class StageGraphs:
             None if gradient is None else stage.memory.readable(gradient, leaf)
             for gradient, leaf in zip(found, leaves, strict=False)
         ]
-        down = found[-1] if wanted else None
-        if down is not None:
-            down = laid_out_like(down, Form.of(graphs.input))
-        return gradients, down
+        down = iter(found[len(leaves) :])
+        return gradients, [next(down) if leaf.requires_grad else None for leaf in incoming]
 
     def _run_eagerly(
         self, reason: str, *, expected: bool = False, cause: BaseException | None = None
@@ -355,6 +400,15 @@ class StageGraphs:
             )
             for layer in self._stage.layers
         ]
+
+
+def _rule(output: Nested) -> Errors:
+    """Error signals (zeros) as they are expected for ``output``, leaves for the stage above: one for
+    each that wants one."""
+    return [
+        torch.zeros_like(without_gaps(leaf)) if leaf.requires_grad else None
+        for leaf in distinct(output)
+    ]
 
 
 def _intake(source: int, target: tuple[int, int], sent: int) -> Intake:

@@ -12,16 +12,15 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from fdg_cuda.accelerator import accelerator
 from fdg_cuda.batches import Batch
 from fdg_cuda.chain import check_output
 from fdg_cuda.cuda_stage import CudaStage
 from fdg_cuda.errors import said_out_of_memory, said_where
-from fdg_cuda.inference import Finish, home_of
-from fdg_cuda.mail import Form, fill, form_of, without_gaps
-from fdg_cuda.nested import Nested, map_tensors, tensors
+from fdg_cuda.inference import Finish
+from fdg_cuda.mail import AnyForm, fill, form_of, without_gaps
+from fdg_cuda.nested import Nested, cloned, device_of, map_tensors, moved, tensors
 
 # As many again as there are stages: what the host does between two batches shows on no device.
 BATCHES_PER_STAGE = 2
@@ -31,19 +30,19 @@ BATCHES_PER_STAGE = 2
 class _OnItsWay:
     """A result that is being copied to the host, or that stays on a device."""
 
-    form: Form | None
-    result: Tensor  # with a form: pinned memory
+    form: AnyForm | None
+    result: Nested  # with a form: pinned memory
     arrived: Callable[[], None]
 
-    def wait(self) -> Tensor:
+    def wait(self) -> Nested:
         self.arrived()
         # The pinned memory goes back to torch, which keeps it for the next copy.
-        return self.result if self.form is None else self.form.view(self.result).clone()
+        return self.result if self.form is None else cloned(self.form.view(self.result))
 
 
 def run_stages(
     stages: Sequence[CudaStage], batches: Iterator[Batch], finish: Finish, *, to_host: bool
-) -> Generator[Tensor, None, None]:
+) -> Generator[Nested, None, None]:
     """What ``finish`` makes of each batch's output and target, in order; see
     :meth:`fdg_cuda.machine.Machine.inference`."""
     on_their_way: deque[_OnItsWay] = deque()
@@ -51,28 +50,28 @@ def run_stages(
         with torch.no_grad():
             output = _forward(stages, x, number)
             with said_where(f"the loss of batch {number}"):
-                result = finish(output, _brought(y, output.device))
-            home = torch.device("cpu") if to_host else home_of(x)
-            on_their_way.append(_sent(result.to(stages[-1].device), stages[-1].ordinal, home))
+                result = finish(output, _brought(y, device_of(output)))
+            home = torch.device("cpu") if to_host else device_of(x)
+            result = moved(result, stages[-1].device)
+            on_their_way.append(_sent(result, stages[-1].ordinal, home))
         if len(on_their_way) > BATCHES_PER_STAGE * len(stages):
             yield on_their_way.popleft().wait()
     while on_their_way:
         yield on_their_way.popleft().wait()
 
 
-def _forward(stages: Sequence[CudaStage], x: Nested, number: int) -> Tensor:
+def _forward(stages: Sequence[CudaStage], x: Nested, number: int) -> Nested:
     value = _brought(x, stages[0].device)
     for stage in stages:
         where = f"the forward of batch {number} at stage {stage.index}"
         with said_where(where), said_out_of_memory(stage.index, stage.ordinal):
             if stage.index > 0:
-                value = value.to(stage.device)
+                value = moved(value, stage.device)
             with stage.precision.autocast(stage.device.type):
                 for layer in stage.layers:
                     value = layer(value)
         value = check_output(value, f"stage {stage.index}")
-    output: Tensor = value
-    return output
+    return value
 
 
 def _brought(value: Nested, device: torch.device) -> Nested:
@@ -92,12 +91,12 @@ def _brought(value: Nested, device: torch.device) -> Nested:
     return form.view(memory.to(device, non_blocking=True))
 
 
-def _sent(result: Tensor, ordinal: int, home: torch.device) -> _OnItsWay:
+def _sent(result: Nested, ordinal: int, home: torch.device) -> _OnItsWay:
     """``result``, of device ``ordinal``, on its way to ``home``."""
     if home.type != "cpu":
-        return _OnItsWay(None, result.to(home), lambda: None)
-    source = without_gaps(result)
-    form = Form.of(source)
+        return _OnItsWay(None, moved(result, home), lambda: None)
+    source = map_tensors(without_gaps, result)
+    form = form_of(source)
     memory = accelerator().pinned(form.nbytes)
-    form.view(memory).copy_(source, non_blocking=True)
+    fill(form, memory, source, non_blocking=True)
     return _OnItsWay(form, memory, accelerator().mark(ordinal))

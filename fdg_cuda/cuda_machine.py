@@ -8,7 +8,7 @@ from functools import cache, partial
 from itertools import pairwise
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fdg_cuda import _core
 from fdg_cuda.accelerator import accelerator
@@ -242,24 +242,22 @@ class CudaMachine(Machine):
             return STAGED
         return SAME_DEVICE if lower == upper else PEER
 
-    def forward(self, chain: ModelChain, x: Nested) -> Tensor:
+    def forward(self, chain: ModelChain, x: Nested) -> Nested:
         if not self._stages:
             # On the CPU, or where its layers were measured.
             device = next(chain.model.parameters()).device
             with self.precision.autocast(device.type):
-                output: Tensor = chain.forward(moved(x, device))
-            return output
+                return chain.forward(moved(x, device))
         for stage in self._stages:
             x = moved(x, stage.device)
             with stage.precision.autocast(stage.device.type):
                 for layer in stage.layers:
                     x = layer(x)
-        result: Tensor = x
-        return result
+        return x
 
     def inference(
         self, chain: ModelChain, batches: Iterator[Batch], finish: Finish, *, to_host: bool
-    ) -> Generator[Tensor, None, None]:
+    ) -> Generator[Nested, None, None]:
         if self._stages:
             return run_stages(self._stages, batches, finish, to_host=to_host)
         return one_by_one(partial(self.forward, chain), batches, finish, to_host=to_host)

@@ -28,15 +28,27 @@ from fdg_cuda.chain import check_loss
 from fdg_cuda.errors import said_out_of_memory
 from fdg_cuda.flat import DTYPES
 from fdg_cuda.gradients import UpdateRule
+from fdg_cuda.hops import Errors, take_gradients
 from fdg_cuda.hyper import HyperTable
 from fdg_cuda.layout import INBOX_HALVES, CudaLayout, Step, Transfer
-from fdg_cuda.mail import Form, Inbox, Mailbox, Outbox, laid_out_like, turns, without_gaps, word
+from fdg_cuda.mail import (
+    Form,
+    Inbox,
+    Mailbox,
+    Outbox,
+    Parcel,
+    errors_in,
+    packed,
+    packed_errors,
+    turns,
+    word,
+)
 from fdg_cuda.metrics import correct_on_device
-from fdg_cuda.nested import Nested, repacked
+from fdg_cuda.nested import Nested, distinct, map_distinct, repacked
 from fdg_cuda.precision import Precision
 from fdg_cuda.randomness import RandomState
 from fdg_cuda.schedule import Kind
-from fdg_cuda.stage import Snapshot, Stage, wants_gradient
+from fdg_cuda.stage import Snapshot, Stage
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -312,6 +324,8 @@ class CudaStage(Stage):
 
     def _enqueue_backward(self, slot: int, copy: int, batch: int) -> None:
         with self.enqueuing():
+            if self._graphs is not None:
+                self._graphs.lend(slot, self._slots[slot])
             self._backward(slot, copy, batch, slot)
 
     def _enqueue_update(self, source: int, copy: int, row: int, batch: int) -> None:
@@ -336,56 +350,69 @@ class CudaStage(Stage):
         half = batch % INBOX_HALVES
         if self.is_first:
             return self.mail.inbox.copy(half, self.fit.inputs.form(batch))
-        form = self.mail.inbox.form(half)
-        assert form is not None, f"no activation of batch {batch} at stage {self.index}"
-        leaf: Tensor = self.mail.inbox.copy(half, form)
-        return leaf.requires_grad_(wants_gradient(leaf))
+        parcel = self.mail.inbox.parcel(half)
+        assert parcel is not None, f"no activation of batch {batch} at stage {self.index}"
+        # Detached, since what was packed arrives as views of one tensor.
+        leaves = map_distinct(torch.detach, self.mail.inbox.copy(half, parcel.form))
+        for leaf, wanting in zip(distinct(leaves), parcel.wanting, strict=True):
+            leaf.requires_grad_(wanting)
+        return leaves
 
-    def _take_error(self, batch: int) -> Tensor | None:
+    def _take_errors(self, batch: int) -> Errors | None:
         # A copy: gradients may be views of it, and the inbox is written again before the update.
-        form = self.mail.errors.form(batch % INBOX_HALVES)
-        return None if form is None else self.mail.errors.copy(batch % INBOX_HALVES, form)
+        half = batch % INBOX_HALVES
+        parcel = self.mail.errors.parcel(half)
+        if parcel is None:
+            return None
+        return errors_in(self.mail.errors.bytes(half, parcel.form), parcel.form)
 
-    def _pass_up(self, slot: int, batch: int, output: Tensor) -> None:
+    def _pass_up(self, slot: int, batch: int, output: Nested) -> None:
         assert self.above is not None
-        sent = without_gaps(output)
-        form = Form.of(sent)
+        sent, parcel = parcel_of(output)
         self.mail.outputs[slot] = sent
         self.mail.output_words[slot] = sent.data_ptr()
-        self.above.mail.inbox.expect(batch % INBOX_HALVES, form)
-        self._tell_if_regular(batch, form)
+        self.above.mail.inbox.expect(batch % INBOX_HALVES, parcel)
+        self._tell_if_regular(batch, parcel)
 
-    def _tell_if_regular(self, batch: int, form: Form) -> None:
+    def _tell_overlapping(self, numbers: frozenset[int]) -> None:
+        assert self.above is not None
+        self.above.overlapping = numbers
+
+    def _tell_if_regular(self, batch: int, parcel: Parcel) -> None:
         """Stages above replay graphs only for what looks as it did when they were captured."""
         assert self.above is not None
         row = batch % self.fit.rows
         if not self.fit.regular[self.index, row]:
             return
         if self.above.mail.inbox.regular is None:
-            self.above.mail.inbox.regular = form
-        elif self.above.mail.inbox.regular != form:
+            self.above.mail.inbox.regular = parcel
+        elif self.above.mail.inbox.regular != parcel:
             self.fit.regular[self.index + 1 :, row] = 0
 
-    def _pass_down(self, batch: int, leaf: Tensor | None) -> None:
+    def _pass_down(self, batch: int, leaves: Sequence[Tensor]) -> None:
         assert self.below is not None
-        half = batch % INBOX_HALVES
-        if leaf is None or leaf.grad is None:
-            self.below.mail.errors.expect(half, None)
-            return
-        form = Form.of(leaf)
-        self.mail.error = laid_out_like(leaf.grad, form)
-        leaf.grad = None
-        self.mail.error_words[0] = self.mail.error.data_ptr()
-        self.below.mail.errors.expect(half, form)
+        errors = take_gradients(leaves)
+        parcel = None
+        if errors is not None:
+            self.mail.error, form = packed_errors(errors, list(map(Form.of, leaves)))
+            self.mail.error_words[0] = self.mail.error.data_ptr()
+            parcel = Parcel(form)
+        self.below.mail.errors.expect(batch % INBOX_HALVES, parcel)
 
-    def _loss(self, output: Tensor, batch: int) -> Tensor:
+    def _loss(self, output: Nested, batch: int) -> Tensor:
         """The loss of ``output``, which goes to the metrics too."""
         # New containers: warming up and capturing a graph compute the loss of one target again.
         target = repacked(self._target)
         loss = check_loss(self.fit.loss_fn(output, target), self._first_batch + batch)
-        correct = correct_on_device(output.detach(), self._target)
+        correct = correct_on_device(output, self._target, self.device)
         self.mail.metrics.copy_(torch.stack([loss.detach().double().reshape(()), correct]))
         return loss
+
+
+def parcel_of(output: Nested) -> tuple[Tensor, Parcel]:
+    """Memory to send of ``output``, leaves for the stage above, and what it is."""
+    sent, form = packed(output)
+    return sent, Parcel(form, tuple(leaf.requires_grad for leaf in distinct(output)))
 
 
 def fit_hop_is_staged(one: CudaStage, other: CudaStage) -> bool:

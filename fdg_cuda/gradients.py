@@ -140,12 +140,12 @@ class Gradients:
         self._finite: bool | Tensor = True  # of all batches in the sum
         self._reached = [False] * len(self._groups)
 
-    def add(self, batch: int, signal: Tensor | None) -> None:
+    def add(self, batch: int, signals: Sequence[Tensor | None]) -> None:
         """Those of the backward of ``batch`` are there; add them up if an update takes those of
-        several. The backward came from ``signal``, an error signal or the loss; None: from nothing."""
+        several. The backward came from ``signals``, error signals or the loss; a None is nothing."""
         scales = self.hyper.scales
         if scales is not None:
-            self._look(batch, signal)
+            self._look(batch, signals)
         if self._rule.accumulate == 1:
             return
         gradients = self._memory.take_gradients()
@@ -163,16 +163,15 @@ class Gradients:
             self._reached[number] = True
         self._summed += 1
 
-    def _look(self, batch: int, signal: Tensor | None) -> None:
+    def _look(self, batch: int, signals: Sequence[Tensor | None]) -> None:
         """Whether the latest gradients are finite.
 
-        The signal counts, too: a layer may swallow an infinity, as a ReLU does with what it does not
+        The signals count, too: a layer may swallow an infinity, as a ReLU does with what it does not
         pass on.
         """
         scales = self.hyper.scales
         assert scales is not None
-        seen = [gradient for gradient in self._memory.gradients if gradient is not None]
-        seen += [] if signal is None else [signal]
+        seen = [each for each in (*self._memory.gradients, *signals) if each is not None]
         finite: bool | Tensor = True
         if any(tensor.numel() for tensor in seen):
             finite = all_finite(seen)

@@ -145,6 +145,8 @@ class GraphChain:
                 with suppress(ModelCaptureError):
                     if self.cut_at(path) == cut:
                         return path
+        if call.name in named:
+            return f"{call.name}, used again"
         return f"{call.name} in {call.stack[-1] or 'the model'}"
 
     def crossing(self, cut: int) -> list[Crossing]:
@@ -198,8 +200,9 @@ class GraphChain:
         changed: set[str] = set()
         inside: set[str] = set()
         parameters = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
+        # Sorted, so that of a layer's parameters the same one is named every time.
         for index, call in enumerate(self._calls):
-            for name in call.uses:
+            for name in sorted(call.uses, reverse=True):
                 users.setdefault(name, []).append(index)
             changed |= call.changes
             if isinstance(call.target, ModuleCall):

@@ -18,19 +18,19 @@ from torch import Tensor, nn
 
 from fdg_cuda._core import fit_begins, fit_ends
 from fdg_cuda.batches import Batch, Batches, Loader, only_inputs
-from fdg_cuda.chain import check_scalar
+from fdg_cuda.chain import check_output, check_scalar
 from fdg_cuda.errors import said_where
 from fdg_cuda.interrupts import Interrupts
 from fdg_cuda.metrics import Average, Evaluation, correct_on_device
-from fdg_cuda.nested import Nested, check_nested, cloned, moved, sample_count, tensors
+from fdg_cuda.nested import Nested, check_nested, cloned, device_of, moved, sample_count
 
 if TYPE_CHECKING:
     from fdg_cuda.machine import Machine
     from fdg_cuda.model_chain import ModelChain
     from fdg_cuda.pipeline import LossFunction
 
-# (the model's output, the target on its device) -> what is wanted of them, one tensor.
-Finish = Callable[[Tensor, Nested], Tensor]
+# (the model's output, the target on its device) -> what is wanted of them.
+Finish = Callable[[Nested, Nested], Nested]
 END = object()
 
 
@@ -50,10 +50,11 @@ def evaluate(
             samples.append(sample_count(batch[0]))
             yield batch
 
-    def finish(output: Tensor, target: Nested) -> Tensor:
-        with machine.precision.autocast(output.device.type):
-            loss = check_scalar(loss_fn(output, target)).to(output.device)
-        return torch.stack([loss.double().reshape(()), correct_on_device(output, target)])
+    def finish(output: Nested, target: Nested) -> Tensor:
+        device = device_of(output)  # before the loss, which may take the output apart
+        with machine.precision.autocast(device.type):
+            loss = check_scalar(loss_fn(output, target)).to(device)
+        return torch.stack([loss.double().reshape(()), correct_on_device(output, target, device)])
 
     with _awaited(), Interrupts() as interrupts, _evaluation_mode(chain.model):
         results = machine.inference(chain, entering(), finish, to_host=True)
@@ -65,8 +66,8 @@ def evaluate(
     return average.result()
 
 
-def predict(machine: Machine, chain: ModelChain, x: Nested) -> Tensor:
-    """The model's output for ``x``, on the device of ``x``.
+def predict(machine: Machine, chain: ModelChain, x: Nested) -> Nested:
+    """The model's output for ``x``, on the device of ``x``'s first tensor.
 
     Raises:
         TypeError, ValueError: ``x`` is no input of a chain.
@@ -76,12 +77,13 @@ def predict(machine: Machine, chain: ModelChain, x: Nested) -> Tensor:
     except TypeError as error:
         raise TypeError(f"{error} For a loader: runner.predict_batches(loader).") from None
     with _evaluation_mode(chain.model), torch.no_grad():
-        return machine.forward(chain, cloned(x)).to(home_of(x))
+        output = check_output(machine.forward(chain, cloned(x)), "the model")
+        return moved(output, device_of(x))
 
 
 def predict_batches(
     machine: Machine, chain: ModelChain, loader: Loader
-) -> Generator[Tensor, None, None]:
+) -> Generator[Nested, None, None]:
     """The model's output for each batch of ``loader``, in order, each on the device of its input.
 
     Raises:
@@ -97,18 +99,17 @@ def predict_batches(
                     output = next(results, END)
                 if output is END:
                     return
-                assert isinstance(output, Tensor)
                 yield output
 
 
 def one_by_one(
-    forward: Callable[[Nested], Tensor],
+    forward: Callable[[Nested], Nested],
     batches: Iterator[Batch],
     finish: Finish,
     *,
     to_host: bool,
     first: int = 0,
-) -> Generator[Tensor, None, None]:
+) -> Generator[Nested, None, None]:
     """Batch after batch through the whole model, on the caller's thread.
 
     Args:
@@ -118,16 +119,11 @@ def one_by_one(
     for number, (x, y) in enumerate(batches, first):
         with torch.no_grad():
             with said_where(f"the forward of batch {number}"):
-                output = forward(cloned(x))
+                output = check_output(forward(cloned(x)), "the model")
             with said_where(f"the loss of batch {number}"):
-                result = finish(output, moved(y, output.device))
-            result = result.to("cpu" if to_host else home_of(x))
+                result = finish(output, moved(y, device_of(output)))
+            result = moved(result, torch.device("cpu") if to_host else device_of(x))
         yield result
-
-
-def home_of(x: Nested) -> torch.device:
-    """The device of ``x``'s first tensor."""
-    return tensors(x)[0].device
 
 
 @contextmanager

@@ -99,12 +99,19 @@ def _key(
         precision.value,
         *(str(map_tensors(shape, part)) for part in batch),
         *(
-            f"{layer} {[(name, shape(p), p.requires_grad) for name, p in layer.named_parameters()]}"
-            f"{layer.code if isinstance(layer, GraphStage) else ''}"
+            f"{layer}{_calls(layer)} "
+            f"{[(name, shape(p), p.requires_grad) for name, p in layer.named_parameters()]}"
             for layer in layers
         ),
     ]
     return hashlib.sha256("\n".join(circumstances).encode()).hexdigest()
+
+
+def _calls(layer: nn.Module) -> str:
+    """What a captured layer does that no submodule's name tells; not in which lines of the model."""
+    if not isinstance(layer, GraphStage):
+        return ""
+    return "\n".join(line.partition("  # ")[0] for line in layer.code.splitlines())
 
 
 def _cpu_name() -> str:

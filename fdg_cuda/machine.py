@@ -8,7 +8,7 @@ from contextlib import closing
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fdg_cuda.backward_weights import BackwardWeights
 from fdg_cuda.batches import Batch
@@ -107,13 +107,13 @@ class Machine(ABC):
         )
 
     @abstractmethod
-    def forward(self, chain: ModelChain, x: Nested) -> Tensor:
+    def forward(self, chain: ModelChain, x: Nested) -> Nested:
         """The model's output for ``x``, wherever its layers are; stage by stage if there are stages."""
 
     @abstractmethod
     def inference(
         self, chain: ModelChain, batches: Iterator[Batch], finish: Finish, *, to_host: bool
-    ) -> Generator[Tensor, None, None]:
+    ) -> Generator[Nested, None, None]:
         """What ``finish`` makes of the model's output and the target of each batch, in order.
 
         Reads a bounded number of batches ahead. The results do not depend on timing. If the first batch
@@ -205,19 +205,18 @@ class CpuMachine(Machine):
     def links(self) -> list[Link]:
         return [Link()] * (self.schedule.stages - 1)  # by reference
 
-    def forward(self, chain: ModelChain, x: Nested) -> Tensor:
+    def forward(self, chain: ModelChain, x: Nested) -> Nested:
         with self.precision.autocast("cpu"):
             if not self._stages:
-                x = chain.forward(x)
+                return chain.forward(x)
             for stage in self._stages:
                 for layer in stage.layers:
                     x = layer(x)
-        output: Tensor = x
-        return output
+        return x
 
     def inference(
         self, chain: ModelChain, batches: Iterator[Batch], finish: Finish, *, to_host: bool
-    ) -> Generator[Tensor, None, None]:
+    ) -> Generator[Nested, None, None]:
         plainly = partial(one_by_one, partial(self.forward, chain), finish=finish, to_host=to_host)
         # In "bp" one stage at a time is at work, with all cores: nothing else is done here.
         if len(self._stages) < 2 or self.schedule.method == "bp" or _caller_has_settings():

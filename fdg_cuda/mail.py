@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from fdg_cuda.accelerator import Lane, accelerator
+from fdg_cuda.hops import Errors
 from fdg_cuda.layout import INBOX_HALVES
-from fdg_cuda.nested import Nested, map_tensors, tensors
+from fdg_cuda.nested import Nested, distinct, map_distinct, map_tensors, tensors
 
 METRICS = 2  # float64: loss, correct answers (NaN where there are no classes)
 ALIGNMENT = 256  # bytes; that of CUDA's own allocations
@@ -58,51 +59,110 @@ class Form:
 
 @dataclass(frozen=True)
 class NestedForm:
-    """How the tensors of a nested input or target lie one behind the other, and what they were in.
+    """How the tensors of a nested value lie one behind the other, and what they were in.
 
     Attributes:
-        parts: (offset in bytes, form) of each tensor.
+        parts: (offset in bytes, form) of each tensor; of one that is met again, once.
         plain: (type, value) of everything else; the type, since ``1 == True``.
         structure: the containers.
-        is_tensor: of each leaf of them, in order, whether it is one of ``parts``.
+        places: of each leaf of them, in order, which of ``parts`` it is; None: a plain one.
         nbytes: of all tensors and the gaps between them.
     """
 
     parts: tuple[tuple[int, Form], ...]
     plain: tuple[tuple[type, object], ...]
     structure: pytree.TreeSpec
-    is_tensor: tuple[bool, ...]
+    places: tuple[int | None, ...]
     nbytes: int
 
     @classmethod
     def of(cls, value: Nested) -> NestedForm:
         leaves, structure = pytree.tree_flatten(value)
         parts, nbytes = [], 0
-        for leaf in leaves:
-            if isinstance(leaf, Tensor):
-                form = Form.of(leaf)
-                nbytes += -nbytes % ALIGNMENT
-                parts.append((nbytes, form))
-                nbytes += form.nbytes
+        found = distinct(value)
+        for tensor in found:
+            form = Form.of(tensor)
+            nbytes += -nbytes % ALIGNMENT
+            parts.append((nbytes, form))
+            nbytes += form.nbytes
+        numbers = {id(tensor): number for number, tensor in enumerate(found)}
         return cls(
             tuple(parts),
             tuple((type(leaf), leaf) for leaf in leaves if not isinstance(leaf, Tensor)),
             structure,
-            tuple(isinstance(leaf, Tensor) for leaf in leaves),
+            tuple(numbers.get(id(leaf)) for leaf in leaves),
             nbytes,
         )
 
     def view(self, memory: Tensor) -> Nested:
         """The beginning of ``memory`` (bytes) as tensors, in containers of this structure."""
-        parts = (form.view(memory[offset:]) for offset, form in self.parts)
+        parts = [form.view(memory[offset:]) for offset, form in self.parts]
         plain = (value for _, value in self.plain)
-        leaves = [next(parts) if is_tensor else next(plain) for is_tensor in self.is_tensor]
+        leaves = [next(plain) if place is None else parts[place] for place in self.places]
         return pytree.tree_unflatten(leaves, self.structure)
 
 
-def form_of(value: Nested) -> Form | NestedForm:
+AnyForm = Form | NestedForm
+
+
+def form_of(value: Nested) -> AnyForm:
     """How ``value`` lies in memory; its tensors are without gaps."""
     return Form.of(value) if isinstance(value, Tensor) else NestedForm.of(value)
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """What one native copy brings to a neighbour, as far as it can be known before it is computed.
+
+    Attributes:
+        form: of what lies in it.
+        wanting: of each of its tensors, whether it wants a gradient; empty for error signals.
+    """
+
+    form: AnyForm
+    wanting: tuple[bool, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """At least 1: 0 bytes are for nothing at all."""
+        return max(self.form.nbytes, 1)
+
+
+def packed(value: Nested) -> tuple[Tensor, AnyForm]:
+    """Memory in which all of ``value`` lies, one tensor behind the other, and how. That of a single
+    tensor is its own if it has no gaps."""
+    source = map_distinct(without_gaps, value)
+    form = form_of(source)
+    found = distinct(source)
+    if len(found) == 1 and found[0].numel():
+        return found[0], form
+    memory = torch.empty(max(form.nbytes, 1), dtype=torch.uint8, device=found[0].device)
+    fill(form, memory, source)
+    return memory, form
+
+
+def packed_errors(errors: Errors, forms: Sequence[Form]) -> tuple[Tensor, AnyForm]:
+    """:func:`packed` error signals, each laid out as its tensor's form says; one is not None."""
+    laid = [
+        None if error is None else laid_out_like(error, form)
+        for error, form in zip(errors, forms, strict=True)
+    ]
+    return packed(_errors_as_value(laid))
+
+
+def form_of_errors(errors: Errors) -> AnyForm:
+    """How :func:`packed_errors` would lay out ``errors``, which are without gaps."""
+    return form_of(_errors_as_value(errors))
+
+
+def errors_in(memory: Tensor, form: AnyForm) -> Errors:
+    """The error signals in ``memory`` (bytes), views of it."""
+    value = form.view(memory)
+    return [value] if isinstance(value, Tensor) else list(value)
+
+
+def _errors_as_value(errors: Errors) -> Nested:
+    return errors[0] if len(errors) == 1 else tuple(errors)
 
 
 def without_gaps(tensor: Tensor) -> Tensor:
@@ -139,10 +199,13 @@ class Inbox:
         self.pinned = np.zeros(INBOX_HALVES, dtype=np.uint64)
         # Bytes that were sent to each half; 0: nothing, no gradient is wanted.
         self.sent = np.zeros(INBOX_HALVES, dtype=np.uint64)
-        # Whether a captured graph sent them, so that they have the regular form.
+        # Whether a captured graph sent them, so that they are the regular parcel.
         self.by_graph = np.zeros(INBOX_HALVES, dtype=np.uint64)
-        self.regular: Form | None = None
-        self._forms: list[Form | None] = [None] * INBOX_HALVES
+        self.regular: Parcel | None = None
+        # What the receiver's graphs take in, and as `sent`, but 0 for everything else.
+        self.taken: Parcel | None = None
+        self.fitting = np.zeros(INBOX_HALVES, dtype=np.uint64)
+        self._parcels: list[Parcel | None] = [None] * INBOX_HALVES
         self._memory: list[Tensor | None] = [None] * INBOX_HALVES
         self._pinned: list[Tensor | None] = [None] * INBOX_HALVES
         self._replaced: list[Tensor | None] = []  # may still be read by what is in flight
@@ -163,33 +226,42 @@ class Inbox:
             self._pinned[half] = pinned
             self.pinned[half] = pinned.data_ptr()
 
-    def expect(self, half: int, form: Form | None) -> None:
-        """A tensor of ``form`` will be sent to ``half`` (None: nothing will)."""
-        self._forms[half] = form
+    def expect(self, half: int, parcel: Parcel | None) -> None:
+        """``parcel`` will be sent to ``half`` (None: nothing will)."""
+        self._parcels[half] = parcel
         self.by_graph[half] = 0
-        self.sent[half] = 0 if form is None else form.nbytes
-        if form is not None:
-            self.reserve(half, form.nbytes)
+        self.sent[half] = 0 if parcel is None else parcel.nbytes
+        self.fitting[half] = self.bytes_that_fit(parcel)
+        if parcel is not None:
+            self.reserve(half, parcel.nbytes)
 
-    def form(self, half: int) -> Form | None:
-        """The form of what was sent to ``half``; None for nothing."""
+    def bytes_that_fit(self, parcel: Parcel | None) -> int:
+        """The bytes of ``parcel`` if it is what the receiver's graphs take in, else 0."""
+        return parcel.nbytes if parcel is not None and parcel == self.taken else 0
+
+    def parcel(self, half: int) -> Parcel | None:
+        """What was sent to ``half``; None for nothing."""
         if not self.sent[half]:
             return None
-        return self.regular if self.by_graph[half] else self._forms[half]
+        return self.regular if self.by_graph[half] else self._parcels[half]
 
-    def view(self, half: int, form: Form | NestedForm) -> Nested:
+    def view(self, half: int, form: AnyForm) -> Nested:
         """What is in ``half``; it will be overwritten by what arrives there next."""
         memory = self._memory[half]
         assert memory is not None, "nothing was ever sent"
         return form.view(memory)
 
-    def copy(self, half: int, form: Form | NestedForm) -> Nested:
+    def copy(self, half: int, form: AnyForm) -> Nested:
         """A copy of what is in ``half``. Nested tensors are views of one piece of memory again."""
         if isinstance(form, Form):
             return self.view(half, form).clone()
+        return form.view(self.bytes(half, form))
+
+    def bytes(self, half: int, form: AnyForm) -> Tensor:
+        """A copy of the bytes of what is in ``half``."""
         memory = self._memory[half]
         assert memory is not None, "nothing was ever sent"
-        return form.view(memory[: form.nbytes].clone())
+        return memory[: max(form.nbytes, 1)].clone()
 
     def forget(self) -> None:
         """Let go of memory that was replaced. Only while nothing is running."""
@@ -208,8 +280,8 @@ class Mailbox:
         inbox: activations from below; at stage 0 the inputs.
         errors: error signals from above.
         targets: at the last stage.
-        outputs, output_words: per slot, on its way up.
-        error, error_words: the latest error signal, on its way down.
+        outputs, output_words: per slot, on its way up; several tensors are packed.
+        error, error_words: the latest error signals, on their way down, packed as well.
         metrics, metrics_words: float64 (METRICS,) of the batch whose loss was computed last.
     """
 
@@ -251,10 +323,10 @@ class Outbox:
         self.address = np.zeros(rows, dtype=np.uint64)
         self.nbytes = np.zeros(rows, dtype=np.uint64)
         self._rows = rows
-        self._forms: list[Form | NestedForm | None] = [None] * rows
+        self._forms: list[AnyForm | None] = [None] * rows
         self._memory: list[Tensor | None] = [None] * rows
 
-    def put(self, batch: int, value: Nested) -> Form | NestedForm:
+    def put(self, batch: int, value: Nested) -> AnyForm:
         """Copy ``value`` to the row of ``batch``; returns how it is laid out there."""
         row = batch % self._rows
         source = map_tensors(without_gaps, value)
@@ -269,17 +341,17 @@ class Outbox:
         self.nbytes[row] = form.nbytes
         return form
 
-    def form(self, batch: int) -> Form | NestedForm:
+    def form(self, batch: int) -> AnyForm:
         """How ``batch`` is laid out."""
         form = self._forms[batch % self._rows]
         assert form is not None, f"batch {batch} did not enter"
         return form
 
 
-def fill(form: Form | NestedForm, memory: Tensor, source: Nested) -> None:
+def fill(form: AnyForm, memory: Tensor, source: Nested, *, non_blocking: bool = False) -> None:
     """Copy ``source``, which has ``form``, to the beginning of ``memory``."""
-    for target, tensor in zip(tensors(form.view(memory)), tensors(source), strict=True):
-        target.copy_(tensor)
+    for target, tensor in zip(distinct(form.view(memory)), distinct(source), strict=True):
+        target.copy_(tensor, non_blocking=non_blocking)
 
 
 def extent(value: Nested) -> tuple[int, int]:

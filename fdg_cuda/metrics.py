@@ -22,7 +22,7 @@ class BatchResult:
         loss: mean over its samples.
         samples: in the batch.
         correct: how many of them were classified right; None where the target is no class index per
-            sample.
+            sample, or the output more than one tensor.
         learning_rates: with which its updates are made, one per parameter group.
     """
 
@@ -115,9 +115,11 @@ class Average:
         return Evaluation(self._loss / self.samples, accuracy, self.samples)
 
 
-def has_classes(output: Tensor, target: Nested) -> bool:
+def has_classes(output: Nested, target: Nested) -> bool:
     """Whether ``output`` (N, classes) can be compared with ``target`` (N,) of an integer dtype."""
-    if not isinstance(target, Tensor) or output.ndim != 2 or output.shape[1] < 2:
+    if not isinstance(target, Tensor) or not isinstance(output, Tensor):
+        return False
+    if output.ndim != 2 or output.shape[1] < 2:
         return False
     if target.shape != output.shape[:1]:
         return False
@@ -125,17 +127,17 @@ def has_classes(output: Tensor, target: Nested) -> bool:
     return not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
 
 
-def count_correct(output: Tensor, target: Nested) -> int | None:
+def count_correct(output: Nested, target: Nested) -> int | None:
     """Samples whose largest output is at the target's index; None if there are no classes."""
     if not has_classes(output, target):
         return None
     return int((output.argmax(dim=1) == target).sum())
 
 
-def correct_on_device(output: Tensor, target: Nested) -> Tensor:
-    """:func:`count_correct` as a float64 scalar on the output's device; NaN for None."""
+def correct_on_device(output: Nested, target: Nested, device: torch.device) -> Tensor:
+    """:func:`count_correct` as a float64 scalar on ``device``, the output's; NaN for None."""
     if not has_classes(output, target):
-        return torch.full((), torch.nan, dtype=torch.float64, device=output.device)
+        return torch.full((), torch.nan, dtype=torch.float64, device=device)
     correct: Tensor = output.argmax(dim=1) == target
     return correct.sum(dtype=torch.float64)
 

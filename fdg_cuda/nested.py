@@ -1,4 +1,5 @@
-"""Nested inputs and targets: a tensor, or tuples, lists and dicts of tensors and plain values.
+"""Nested values (inputs, targets, what stages pass on): a tensor, or tuples, lists and dicts of tensors
+and plain values.
 
 What counts as a container is what ``torch.utils._pytree`` knows: tuples, lists, dicts, named tuples,
 ``OrderedDict``, ``defaultdict``, ``deque``, and classes registered there.
@@ -17,8 +18,20 @@ from torch.utils import _pytree as pytree
 
 Nested = Any  # a tensor, or containers of tensors and plain values
 
-# What a batch may hold beside tensors: it is handed on as it is.
-PLAIN = (NoneType, bool, int, float, complex, str, bytes, Enum, torch.dtype, torch.device)
+# What may be there beside tensors: it is handed on as it is.
+PLAIN = (
+    NoneType,
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    Enum,
+    torch.dtype,
+    torch.device,
+    torch.Size,
+)
 
 
 def map_tensors(function: Callable[[Tensor], Any], value: Nested) -> Nested:
@@ -62,6 +75,11 @@ def moved(value: Nested, device: torch.device) -> Nested:
     return map_tensors(lambda tensor: tensor.to(device), value)
 
 
+def device_of(value: Nested) -> torch.device:
+    """The device of the first tensor in ``value``."""
+    return tensors(value)[0].device
+
+
 def repacked(value: Nested) -> Nested:
     """``value``'s own tensors in new containers, which their taker may change."""
     return map_tensors(lambda tensor: tensor, value)
@@ -82,11 +100,10 @@ def check_nested(value: Any, what: str) -> int:
         TypeError: there is no tensor in it, or something that is neither tensor nor plain.
         ValueError: it holds no samples.
     """
-    leaves = [value] if isinstance(value, Tensor) else pytree.tree_leaves(value)
-    for leaf in leaves:
-        if not isinstance(leaf, (Tensor, *PLAIN)):
-            raise TypeError(_not_understood(leaf, value, what))
-    if not any(isinstance(leaf, Tensor) for leaf in leaves):
+    stranger = stranger_in(value)
+    if stranger is not None:
+        raise TypeError(_not_understood(stranger, value, what))
+    if not tensors(value):
         raise TypeError(
             f"{what} must be a tensor, or tuples, lists and dicts of tensors; got a "
             f"{type(value).__name__} without any tensor. torch.as_tensor converts numpy arrays and "
@@ -97,6 +114,14 @@ def check_nested(value: Any, what: str) -> int:
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors(value))
         raise ValueError(f"{what} holds no samples (shape {shapes})")
     return count
+
+
+def stranger_in(value: Any) -> Any:
+    """The first thing in ``value`` that is neither tensor nor plain; None: there is none."""
+    if isinstance(value, Tensor):
+        return None
+    leaves = pytree.tree_leaves(value)
+    return next((leaf for leaf in leaves if not isinstance(leaf, (Tensor, *PLAIN))), None)
 
 
 def _not_understood(leaf: Any, value: Any, what: str) -> str:

@@ -32,11 +32,10 @@ class ParameterSites:
         self._installed = parameters
 
 
-def graph_leaves(root: Tensor) -> Iterator[Tensor]:
-    """The leaf tensors into which a backward from ``root`` would put gradients."""
-    if root.grad_fn is None and root.requires_grad:
-        yield root
-    todo, seen = [root.grad_fn], set()
+def graph_leaves(roots: Sequence[Tensor]) -> Iterator[Tensor]:
+    """The leaf tensors into which a backward from ``roots`` would put gradients."""
+    yield from (root for root in roots if root.grad_fn is None and root.requires_grad)
+    todo, seen = [root.grad_fn for root in roots], set()
     while todo:
         node = todo.pop()
         if node is None or node in seen:

@@ -32,7 +32,7 @@ from fdg_cuda.stage import Stage
 from fdg_cuda.timeline import Lane
 from fdg_cuda.update_measures import UpdateMeasures
 
-LossFunction = Callable[[Tensor, Nested], Tensor]
+LossFunction = Callable[[Nested, Nested], Tensor]
 MAX_TICKS_IN_FLIGHT = 4
 SHORTEST_WAIT = 1e-4  # seconds for a batch; below it asking the devices would take as long
 

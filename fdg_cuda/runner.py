@@ -486,7 +486,7 @@ class FDGRunner:
         self._staged.chain.check_unchanged()
         return evaluate(self._machine, self._staged.chain, loader, self._loss_fn)
 
-    def predict(self, x: Nested) -> Tensor:
+    def predict(self, x: Nested) -> Nested:
         """The model's output for ``x``, an input of the chain, in evaluation mode, without gradient,
         on the device of ``x``.
 
@@ -497,7 +497,7 @@ class FDGRunner:
         self._staged.chain.check_unchanged()
         return predict(self._machine, self._staged.chain, x)
 
-    def predict_batches(self, loader: Loader) -> Iterator[Tensor]:
+    def predict_batches(self, loader: Loader) -> Iterator[Nested]:
         """The model's outputs for the batches of ``loader``, in order, as an iterator: in evaluation
         mode, without gradient, each on the device of its input.
 
@@ -516,7 +516,7 @@ class FDGRunner:
         self._staged.chain.check_unchanged()
         return self._predict_batches(loader)
 
-    def _predict_batches(self, loader: Loader) -> Iterator[Tensor]:
+    def _predict_batches(self, loader: Loader) -> Iterator[Nested]:
         self._refuse_while_running("predict_batches")
         self._predicting = True
         try:

@@ -21,8 +21,9 @@ from fdg_cuda.chain import check_output
 from fdg_cuda.errors import AliasedParameterError, said_where
 from fdg_cuda.flat import FlatMemory
 from fdg_cuda.gradients import UpdateRule
+from fdg_cuda.hops import Errors, leaves_of, overlapping, reached, storages
 from fdg_cuda.layout import Step
-from fdg_cuda.nested import Nested, map_tensors, repacked, tensors
+from fdg_cuda.nested import Nested, distinct, map_distinct, repacked
 from fdg_cuda.parameter_sites import ParameterSites, graph_leaves
 from fdg_cuda.precision import Precision
 from fdg_cuda.randomness import RandomState
@@ -31,17 +32,18 @@ from fdg_cuda.stage_updates import StageUpdates
 from fdg_cuda.update_measures import UpdateMeasures
 
 # Gives (output, batch) of the last stage to whoever computes the loss; returns the scalar loss.
-LossOfBatch = Callable[[Tensor, int], Tensor]
+LossOfBatch = Callable[[Nested, int], Tensor]
 
 
 @dataclass
 class Slot:
     """One batch between its forward and its backward."""
 
-    # The leaf whose gradient is the error signal for the stage below; at stage 0 what entered.
+    # Leaves whose gradients are the error signals for the stage below; at stage 0 what entered.
     input: Nested = None
-    root: Tensor | None = None  # the stage's output; at the last stage the loss
+    roots: Sequence[Tensor] = ()  # the stage's outputs; at the last stage the loss
     random_state: RandomState = ()  # with which the forward began, if it will be run again
+    lent: bool = False  # whether the graph is somebody else's, who needs it again
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,8 @@ class Stage(ABC):
 
     Attributes:
         replays: whether its backward runs the forward again.
+        overlapping: which tensors of what arrives lie in one another's memory where they come from,
+            by number. Written by the stage below, with its first batch.
     """
 
     def __init__(
@@ -92,6 +96,8 @@ class Stage(ABC):
         self._sites = ParameterSites(self.layers, self.memory.parameters)
         self._updates = StageUpdates(self.memory, index, rule)
         self._input_changed_in_place: bool | None = None
+        self.overlapping: frozenset[int] = frozenset()
+        self._own_memory: frozenset[int] | None = None  # of weights and buffers, in this segment
         self._leaves_checked = False
         self._first_batch = 0
         self.loss: LossOfBatch | None = None  # of the last stage, set by the pipeline
@@ -157,6 +163,7 @@ class Stage(ABC):
         if self._updates.gradients is not None:
             self._updates.gradients.forget()
         self._leaves_checked = False
+        self._own_memory = None
         self._first_batch = first_batch
 
     def end_epoch(self) -> None:
@@ -165,7 +172,7 @@ class Stage(ABC):
         self.memory.publish()
         self.memory.release_gradients()
         for slot in self._slots:
-            slot.input = slot.root = None
+            slot.input, slot.roots = None, ()
             slot.random_state = ()
 
     def snapshot(self) -> Snapshot:
@@ -223,23 +230,27 @@ class Stage(ABC):
 
     @abstractmethod
     def _take_input(self, batch: int) -> Nested:
-        """What the stage below sent, a leaf that wants a gradient if it can; or what entered."""
+        """What the stage below sent, leaves of this stage's graph; or what entered."""
 
     @abstractmethod
-    def _take_error(self, batch: int) -> Tensor | None:
-        """The error signal the stage above sent; None if it depends on nothing here."""
+    def _take_errors(self, batch: int) -> Errors | None:
+        """The error signals the stage above sent; None if it depends on nothing here."""
 
     @abstractmethod
-    def _pass_up(self, slot: int, batch: int, output: Tensor) -> None:
-        """Make ``output`` ready to be sent."""
+    def _pass_up(self, slot: int, batch: int, output: Nested) -> None:
+        """Make ``output``, leaves for the stage above, ready to be sent."""
+
+    @abstractmethod
+    def _tell_overlapping(self, numbers: frozenset[int]) -> None:
+        """Tell the stage above which tensors of what it gets are :attr:`overlapping`."""
 
     @abstractmethod
     def _update_natively(self, source: int, copy: int, row: int, batch: int) -> None:
         """The fused update, now; see :meth:`StageUpdates.run`."""
 
     @abstractmethod
-    def _pass_down(self, batch: int, leaf: Tensor | None) -> None:
-        """Make the gradient of the stage's input ``leaf`` ready to be sent; None: there is none."""
+    def _pass_down(self, batch: int, leaves: Sequence[Tensor]) -> None:
+        """Make the gradients of the stage's input ``leaves`` ready to be sent."""
 
     # -- the stage's computations -----------------------------------------------------------
 
@@ -253,53 +264,69 @@ class Stage(ABC):
             with torch.no_grad():
                 _, output = self._compute(leaf, batch)
         else:
-            held.root, output = self._compute(leaf, batch)
+            held.roots, output = self._compute(leaf, batch)
         if not self.is_last:
             self._pass_up(slot, batch, output)
-        if held.root is not None:
-            self._check_leaves_once(held.root, leaf, copy)
+        if not self.replays:
+            self._check_leaves_once(held.roots, leaf, copy)
 
     def _forward_again(
         self, leaf: Nested, copy: int, batch: int, random_state: RandomState
-    ) -> Tensor:
+    ) -> Sequence[Tensor]:
         """The graph of a batch that was forwarded without one: with the weights of the moment, but
         the random numbers of its forward. Buffers stay as they are: they moved back then.
         """
         buffers, present = SavedBuffers(self.layers), self.random_state()
         self.set_random_state(random_state)
         try:
-            root, _ = self._compute(leaf, batch)
+            roots, _ = self._compute(leaf, batch)
         finally:
             self.set_random_state(present)
             buffers.restore()
-        self._check_leaves_once(root, leaf, copy)
-        return root
+        self._check_leaves_once(roots, leaf, copy)
+        return roots
 
-    def _compute(self, leaf: Nested, batch: int) -> tuple[Tensor, Tensor]:
-        """What a backward starts from (at the last stage the loss), and the stage's output."""
+    def _compute(self, leaf: Nested, batch: int) -> tuple[Sequence[Tensor], Nested]:
+        """What a backward starts from (at the last stage the loss), and what goes up (from there
+        nothing)."""
         autocast = self.precision.autocast(self.device.type)
         with said_where(f"the forward of {self._named(batch)}"), autocast:
             output = self._run_layers(leaf, batch)
         if not self.is_last:
-            return output, output.detach()
+            return distinct(output), self._to_send(output)
         assert self.loss is not None
         autocast = self.precision.autocast(self.device.type)
         with said_where(f"the loss of batch {self._first_batch + batch}"), autocast:
-            return self.loss(output, batch), output.detach()
+            return [self.loss(output, batch)], None
 
-    def _run_layers(self, leaf: Nested, batch: int) -> Tensor:
+    def _to_send(self, output: Nested) -> Nested:
+        if self._own_memory is None:
+            weights = (leaf for copy in self.memory.leaves for leaf in copy)
+            buffers = (buffer for layer in self.layers for buffer in layer.buffers())
+            self._own_memory = storages(weights) | storages(buffers)
+            self._tell_overlapping(overlapping(output))
+        return leaves_of(output, self._own_memory, replayed=self.replays)
+
+    def _run_layers(self, leaf: Nested, batch: int) -> Nested:
         """The layers on ``leaf``, which belongs to the stage below (or to the caller's loader).
 
         A stage that begins with an in-place layer must work on a copy. The first batch finds out.
         """
         unchanged = self._input_changed_in_place is False
-        value = repacked(leaf) if unchanged else map_tensors(torch.clone, leaf)
-        probes = [(tensor, tensor._version) for tensor in tensors(value)]
+        value = repacked(leaf) if unchanged else map_distinct(torch.clone, leaf)
+        probes = [(tensor, tensor._version) for tensor in distinct(value)]
         for layer in self.layers:
             value = layer(value)
-        changed = any(probe._version != version for probe, version in probes)
+        changed = {n for n, (probe, version) in enumerate(probes) if probe._version != version}
+        if changed & self.overlapping:
+            raise RuntimeError(
+                f"stage {self.index} changes a tensor in place that shares its memory with another one "
+                f"it gets from stage {self.index - 1}, which would not see the change: copies are "
+                f"changed. Work out of place there (inplace=False), or pass on tensors that share no "
+                f"memory (tensor.clone())."
+            )
         if self._input_changed_in_place is None:
-            self._input_changed_in_place = changed
+            self._input_changed_in_place = bool(changed)
         elif not self._input_changed_in_place and changed:
             raise RuntimeError(
                 f"stage {self.index} changed its input in place at batch {self._first_batch + batch} "
@@ -309,31 +336,43 @@ class Stage(ABC):
 
     def _backward(self, slot: int, copy: int, batch: int, row: int = 0) -> None:
         held = self._slots[slot]
-        leaf, root, random_state = held.input, held.root, held.random_state
-        held.input = held.root = None
+        leaf, roots, random_state = held.input, held.roots, held.random_state
+        held.input, held.roots = None, ()
         held.random_state = ()
+        lent, held.lent = held.lent, False
         # Activation checkpointing runs layers again in the backward, with this batch's weights.
         self._sites.install(self.memory.leaves[copy])
-        error = None if self.is_last else self._take_error(batch)
+        errors = None if self.is_last else self._take_errors(batch)
         # Without an error signal the stages above do not depend on this one: nothing to do, as in
         # a plain backward.
-        if self.is_last or error is not None:
+        if self.is_last or errors is not None:
             with said_where(f"the backward of {self._named(batch)}"):
                 if self.replays:
                     assert leaf is not None
-                    root = self._forward_again(leaf, copy, batch, random_state)
-                assert root is not None
-                if root.requires_grad:
-                    start = self._start(root, batch) if self.is_last else error
-                    torch.autograd.backward([root], [start])
+                    roots = self._forward_again(leaf, copy, batch, random_state)
+                self._run_backward(roots, errors, batch, keep=lent)
         self.memory.collect_gradients(copy, row)
+        leaves = distinct(leaf)
         gradients = self._updates.gradients
         if gradients is not None:
-            gradients.add(batch, root if self.is_last else error)
-            if isinstance(leaf, Tensor) and leaf.grad is not None:
-                leaf.grad = gradients.passed_down(leaf.grad)
+            gradients.add(batch, roots if self.is_last else errors or ())
+            for tensor in leaves:
+                if tensor.grad is not None:
+                    tensor.grad = gradients.passed_down(tensor.grad)
         if not self.is_first:
-            self._pass_down(batch, leaf)
+            self._pass_down(batch, leaves)
+
+    def _run_backward(
+        self, roots: Sequence[Tensor], errors: Errors | None, batch: int, *, keep: bool
+    ) -> None:
+        if self.is_last:
+            (loss,) = roots
+            torch.autograd.backward([loss], [self._start(loss, batch)], retain_graph=keep)
+            return
+        assert errors is not None
+        outputs, signals = reached(roots, errors)
+        if outputs:
+            torch.autograd.backward(outputs, signals, retain_graph=keep)
 
     def _start(self, loss: Tensor, batch: int) -> Tensor | None:
         """What the backward of ``loss`` starts from; None: from 1."""
@@ -354,15 +393,15 @@ class Stage(ABC):
         """``batch`` of the segment, for people."""
         return f"batch {self._first_batch + batch} at stage {self.index}"
 
-    def _check_leaves_once(self, root: Tensor, leaf: Nested, copy: int) -> None:
+    def _check_leaves_once(self, roots: Sequence[Tensor], leaf: Nested, copy: int) -> None:
         if not self._leaves_checked:
-            self._check_leaves(root, leaf, copy)
+            self._check_leaves(roots, leaf, copy)
             self._leaves_checked = True
 
-    def _check_leaves(self, root: Tensor, leaf: Nested, copy: int) -> None:
+    def _check_leaves(self, roots: Sequence[Tensor], leaf: Nested, copy: int) -> None:
         """Refuse what would get a gradient and never be trained."""
-        known = {id(leaf), *map(id, self.memory.leaves[copy])}
-        for unknown in (x for x in graph_leaves(root) if id(x) not in known):
+        known = {*map(id, distinct(leaf)), *map(id, self.memory.leaves[copy])}
+        for unknown in (x for x in graph_leaves(roots) if id(x) not in known):
             raise AliasedParameterError(
                 f"stage {self.index} computes with a tensor of shape {tuple(unknown.shape)} that wants "
                 f"a gradient but is no registered parameter of this stage's layers (it was kept in a "
@@ -370,8 +409,3 @@ class Stage(ABC):
                 f"would never be trained. Reach it through the module that registers it, in the same "
                 f"stage; keep lists of parameters in nn.ParameterList; or set requires_grad_(False)."
             )
-
-
-def wants_gradient(tensor: Tensor) -> bool:
-    """Whether an error signal can be computed for ``tensor``."""
-    return tensor.is_floating_point() or tensor.is_complex()

@@ -158,8 +158,8 @@ class StagedModel:
 
         Raises:
             CheckpointError: the checkpoint cannot be gone on from.
-            CutMemoryError: no cut fits into the devices' memories.
             ModelCaptureError: the model cannot be captured, or not be cut as asked.
+            CutMemoryError: no cut fits into the devices' memories.
         """
         kept = None if saver is None else saver.begin()
         if not self.chain.is_laid_out:
@@ -173,8 +173,7 @@ class StagedModel:
             if not self.stages:
                 self._cut(kept["split"])
         if not self.stages:
-            best = self._machine.best_cut(self.chain.layers, batches.first(), loss_fn)
-            self._cut(best.split)
+            self._cut(self._machine.best_cut(self.chain.layers, batches.first(), loss_fn).split)
 
     def _check_pieces(self, theirs: int | None) -> None:
         ours = self.chain.pieces

@@ -26,14 +26,30 @@ class Pair(nn.Module):
         return x, x
 
 
+class Wrapped(nn.Module):
+    def __init__(self, wrap: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.wrap = wrap
+
+    def forward(self, x: Tensor) -> Any:
+        return self.wrap(x)
+
+
 @pytest.mark.parametrize(
     ("at", "split"), [(2, [3]), (5, [3]), (5, None)], ids=["before-a-cut", "last", "last-measured"]
 )
-def test_layer_that_returns_a_tuple(at: int, split: list[int] | None) -> None:
-    model = chain()
-    model.insert(at, Pair())
-    with refused(TypeError, "returned a tuple", "one tensor", model=model):
-        runner_of(model, split=split).fit(batches(3))
+def test_layer_that_returns_what_cannot_be_taken_apart(at: int, split: list[int] | None) -> None:
+    for wrap, words in (
+        (lambda x: object(), "returned a object"),
+        (lambda x: (x, object()), "returned a tuple with a object in it"),
+        (lambda x: [len(x)], "returned a list without any tensor"),
+    ):
+        model = chain()
+        model.insert(at, Wrapped(wrap))
+        with refused(
+            TypeError, words, "one tensor, or tuples", "register_pytree_node", model=model
+        ):
+            runner_of(model, split=split).fit(batches(3))
 
 
 def test_tuple_between_two_layers_of_a_stage() -> None:

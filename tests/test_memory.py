@@ -54,7 +54,7 @@ def test_weight_copies_and_batches_in_flight(mode: str, method: str, stages: int
     copies = [len(stage.memory.weights) for stage in runner.stages]
     assert copies == (delays if mode == "stash" else [1] * stages)
     for stage in runner.stages:
-        assert all(slot.root is None and slot.input is None for slot in stage._slots)
+        assert all(not slot.roots and slot.input is None for slot in stage._slots)
 
 
 def resident_bytes() -> int:

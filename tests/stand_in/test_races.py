@@ -358,12 +358,12 @@ def test_gradients_may_be_the_error_signal_so_it_is_copied(
         train(stages, model, split=[2, 3][: stages - 1], method=method, graphs=False)
         return take_violations(stand_in)
 
-    def take_error(self: CudaStage, batch: int) -> Tensor | None:
-        form = self.mail.errors.form(batch % 2)
-        return None if form is None else self.mail.errors.view(batch % 2, form)
+    def take_errors(self: CudaStage, batch: int) -> list[Tensor] | None:
+        parcel = self.mail.errors.parcel(batch % 2)
+        return None if parcel is None else [self.mail.errors.view(batch % 2, parcel.form)]
 
     assert fit() == []
-    monkeypatch.setattr(CudaStage, "_take_error", take_error)
+    monkeypatch.setattr(CudaStage, "_take_errors", take_errors)
     # Elsewhere the error signal of the batch after the next, which is written to the same half,
     # goes back to an activation that stage 0 sent after that update.
     found = fit()
@@ -409,8 +409,8 @@ def test_an_error_signal_is_kept_until_it_was_sent(
 ) -> None:
     pass_down = CudaStage._pass_down
 
-    def forgetful(self: CudaStage, batch: int, leaf: Tensor | None) -> None:
-        pass_down(self, batch, leaf)
+    def forgetful(self: CudaStage, batch: int, leaves: list[Tensor]) -> None:
+        pass_down(self, batch, leaves)
         self.mail.error = None
 
     monkeypatch.setattr(CudaStage, "_pass_down", forgetful)

@@ -1,0 +1,97 @@
+"""What goes from a stage to its neighbours: tensors up, and of each that wants one a gradient down.
+
+A hop carries a nested value. What is said of each of its tensors (which want a gradient, error signals)
+is in the order of :func:`fdg_cuda.nested.distinct`: a tensor that stands in it twice is one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from fdg_cuda.nested import Nested, distinct, map_distinct
+
+# The error signal of each tensor of a hop; None where the loss does not depend on it.
+Errors = Sequence[Tensor | None]
+
+
+def leaves_of(output: Nested, own: frozenset[int], *, replayed: bool) -> Nested:
+    """``output`` of a stage as the stage above takes it: leaves of its graph.
+
+    Their memory is the sender's, which must not change it while the stages above, and those it is
+    handed through to, hold it. So what lies in weights or buffers is copied.
+
+    Args:
+        own: the :func:`storages` of the sender's weights and buffers.
+        replayed: whether its forward ran without a graph, so that it is not known which tensors
+            depend on something trainable: all that can are taken to.
+    """
+
+    def leaf(tensor: Tensor) -> Tensor:
+        sent = tensor.detach()
+        if _storage(tensor) in own:
+            sent = sent.clone()
+        return sent.requires_grad_(wants_gradient(tensor) if replayed else tensor.requires_grad)
+
+    return map_distinct(leaf, output)
+
+
+def wants_gradient(tensor: Tensor) -> bool:
+    """Whether an error signal can be computed for ``tensor``."""
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def take_gradients(leaves: Sequence[Tensor]) -> Errors | None:
+    """The gradients of ``leaves``, which do not have them any more; None: there is none."""
+    gradients = [leaf.grad for leaf in leaves]
+    for leaf in leaves:
+        leaf.grad = None
+    return None if all(gradient is None for gradient in gradients) else gradients
+
+
+def reached(outputs: Sequence[Tensor], errors: Errors) -> tuple[list[Tensor], list[Tensor]]:
+    """Those of a stage's ``outputs`` that a backward starts from, each with its error signal."""
+    pairs = [
+        (output, error)
+        for output, error in zip(outputs, errors, strict=True)
+        if output.requires_grad and error is not None
+    ]
+    return [output for output, _ in pairs], [error for _, error in pairs]
+
+
+# -- memory that several tensors share ------------------------------------------------------------
+
+
+def storages(found: Iterable[Tensor]) -> frozenset[int]:
+    """Where the memory of ``found`` begins."""
+    return frozenset(map(_storage, found)) - {0}
+
+
+def overlapping(hop: Nested) -> frozenset[int]:
+    """Which tensors of ``hop`` lie in memory in which another of its tensors lies too, by number."""
+    spans = [_span(tensor) for tensor in distinct(hop)]
+    return frozenset(
+        number
+        for number, (begin, end) in enumerate(spans)
+        if any(
+            begin < other_end and other_begin < end
+            for other, (other_begin, other_end) in enumerate(spans)
+            if other != number
+        )
+    )
+
+
+def _storage(tensor: Tensor) -> int:
+    """Where the memory of ``tensor`` begins; 0 if it has none."""
+    return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else 0
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """Of the addresses of its elements."""
+    if tensor.layout != torch.strided or tensor.numel() == 0:
+        return 0, 0
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    elements = 1 + sum((size - 1) * step for size, step in steps)
+    return tensor.data_ptr(), tensor.data_ptr() + elements * tensor.element_size()

@@ -1,0 +1,73 @@
+"""A captured model on the stand-in is trained as on the CPU, eagerly and as graphs."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from chains import largest_difference
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fdg_cuda import FDGRunner
+from fdg_cuda.accelerator import accelerator
+
+TOLERANCE = 1e-10
+
+
+class Residual(nn.Module):
+    """Skips, statistics, code that follows its mode, and a buffer that all blocks read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(6, 8)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.BatchNorm1d(8), nn.Linear(8, 8)) for _ in range(3)
+        )
+        self.head = nn.Linear(8, 4)
+        self.register_buffer("scale", torch.full((8,), 0.5))
+        self.gain = 1.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = (x + F.relu(block(x)) * (self.gain if self.training else 1.0)) * self.scale
+        return self.head(x)
+
+
+def data_of(seed: int = 0) -> list[Any]:
+    generator = torch.Generator().manual_seed(seed)
+    sizes = (5, 5, 5, 5, 5, 3)
+    return [
+        (
+            torch.randn(n, 6, generator=generator, dtype=torch.float64),
+            torch.randint(0, 4, (n,), generator=generator),
+        )
+        for n in sizes
+    ]
+
+
+@pytest.mark.parametrize("graphs", [False, True], ids=["eager", "graphs"])
+def test_is_trained_as_on_the_cpu(graphs: bool) -> None:
+    torch.manual_seed(0)
+    model, data = Residual().double(), data_of()
+    twin = copy.deepcopy(model)
+    points = ["blocks.1", "blocks.2"]
+    runner = FDGRunner(model, [0, 1, 1], split_points=points, graphs=graphs, lr=0.05)
+    before = runner.evaluate(data)
+    plain = FDGRunner(twin, ["cpu"] * 3, split_points=points, lr=0.05)
+    assert before.loss == pytest.approx(plain.evaluate(data).loss, rel=TOLERANCE)
+    for scale in (0.5, 0.25):  # which every stage reads
+        for each in (runner, plain):
+            state = {**each.state_dict(), "scale": torch.full((8,), scale, dtype=torch.float64)}
+            each.load_state_dict(state)
+            each.fit(data, epochs=2)
+        assert largest_difference(runner.state_dict(), plain.state_dict()) < TOLERANCE
+    assert runner.split == plain.split
+    assert runner.evaluate(data).loss == pytest.approx(plain.evaluate(data).loss, rel=TOLERANCE)
+    outputs = [runner.predict(data[0][0]), *runner.predict_batches(data[:1])]
+    assert all(torch.allclose(plain.predict(data[0][0]), output) for output in outputs)
+    captured: Any = accelerator()
+    assert (captured.captures > 0) == graphs
