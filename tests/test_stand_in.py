@@ -10,7 +10,8 @@ import os
 import subprocess
 import sys
 import sysconfig
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CORE = ROOT / "csrc"
 STAND_IN = ROOT / "tests" / "stand_in"
 SOURCES = ("*.cpp", "cpu/*.cpp", "trace/*.cpp", "python/*.cpp", "cuda/*.cpp")
-RUN_TIMEOUT_S = 280
+RUN_TIMEOUT_S = 400
 
 
 @pytest.fixture(scope="module")
@@ -55,10 +56,23 @@ def core(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return extension
 
 
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("file", sorted(path.name for path in STAND_IN.glob("test_*.py")))
-def test_on_the_stand_in(core: Path, file: str) -> None:
-    done = subprocess.run(
+@pytest.fixture(scope="module")
+def runs(
+    core: Path, request: pytest.FixtureRequest
+) -> Iterator[dict[str, Future[subprocess.CompletedProcess[str]]]]:
+    """By file, those that were selected: as many at a time as there are cores."""
+    wanted = [
+        item.callspec.params["file"]
+        for item in request.session.items
+        if isinstance(item, pytest.Function) and item.originalname == test_on_the_stand_in.__name__
+    ]
+    pool = ThreadPoolExecutor(JOBS)
+    yield {file: pool.submit(run, core, file) for file in wanted}
+    pool.shutdown(cancel_futures=True)
+
+
+def run(core: Path, file: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(STAND_IN / file)],
         env={
             **os.environ,
@@ -72,5 +86,13 @@ def test_on_the_stand_in(core: Path, file: str) -> None:
         timeout=RUN_TIMEOUT_S,
         check=False,
     )
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("file", sorted(path.name for path in STAND_IN.glob("test_*.py")))
+def test_on_the_stand_in(
+    runs: dict[str, Future[subprocess.CompletedProcess[str]]], file: str
+) -> None:
+    done = runs[file].result()
     assert done.returncode == 0, f"{done.stdout[-8000:]}\n{done.stderr[-4000:]}"
     assert " passed" in done.stdout
