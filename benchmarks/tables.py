@@ -174,6 +174,55 @@ def memory() -> list[str]:
     ]
 
 
+def auto_cut() -> list[str]:
+    results = load("auto_cut")
+    heading = "**The automatic cut beside all others** (medians; the ratio within a round)"
+    if results is None:
+        return [heading, "", NOT_MEASURED, ""]
+    s = results["settings"]
+    names = {results["automatic"]: "automatic", results["best"]: "fastest of all"}
+    if len(names) == 1:
+        names = {results["best"]: "automatic, and fastest of all"}
+    seconds = results["seconds_per_batch"]
+    rows = [[f"{name}: {cut}", spread(seconds[str(cut)], 3)] for cut, name in names.items()]
+    ratio = results["ratio"]
+    case = f"{s['model']}, K = {s['stages']}, batch {s['batch_size']}: second stage begins at child"
+    return [
+        heading,
+        "",
+        *table([case, "seconds per batch"], rows),
+        *table(
+            ["ratio", "measured", "goal"],
+            [["automatic / fastest", spread(ratio, 3), goal_of(ratio)]],
+        ),
+        *origin(results),
+    ]
+
+
+def plans() -> list[str]:
+    results = load("plan")
+    heading = "**Plans beside what happened** (a tick; medians, quartiles in brackets)"
+    if results is None:
+        return [heading, "", NOT_MEASURED, ""]
+    rows = []
+    for row in results["rows"]:
+        predicted, real = (1e3 * row[name]["median"] for name in ("predicted", "real"))
+        off = abs(row["ratio"]["median"] - 1)
+        verdict = "" if off <= row["goal"] else ": missed"
+        rows.append(
+            [
+                row["model"],
+                str(row["stages"]),
+                f"{predicted:.0f}",
+                f"{real:.0f}",
+                spread(row["ratio"]),
+                f"within {row['goal']:.0%}{verdict}",
+            ]
+        )
+    headings = ["model", "K", "predicted, ms", "real, ms", "predicted / real", "goal"]
+    return [heading, "", *table(headings, rows), *origin(results)]
+
+
 def gpu() -> list[str]:
     results = load("gpu")
     if results is None:
@@ -233,7 +282,17 @@ def gpu_learning() -> list[str]:
 
 
 def generated() -> str:
-    lines = [*training_step(), *micro(), *overhead(), *learning(), *memory(), *gpu()]
+    sections = [
+        training_step,
+        auto_cut,
+        plans,
+        micro,
+        overhead,
+        learning,
+        memory,
+        gpu,
+    ]
+    lines = [line for section in sections for line in section()]
     return "\n".join([BEGIN, "", *lines, END])
 
 
