@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fdg_cuda.errors import (
         AliasedParameterError,
         CheckpointError,
+        CutMemoryError,
         LoaderWorkerError,
         ModelCaptureError,
         NonFiniteLossError,
@@ -35,6 +36,7 @@ __all__ = [
     "Callback",
     "CheckpointError",
     "Checkpoints",
+    "CutMemoryError",
     "EpochResult",
     "Evaluation",
     "FDGRunner",
@@ -60,6 +62,7 @@ _MODULES = {
     "Callback": "fdg_cuda.callbacks",
     "CheckpointError": "fdg_cuda.errors",
     "Checkpoints": "fdg_cuda.checkpoints",
+    "CutMemoryError": "fdg_cuda.errors",
     "EpochResult": "fdg_cuda.metrics",
     "Evaluation": "fdg_cuda.metrics",
     "FDGRunner": "fdg_cuda.runner",

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from fdg_cuda.backward_weights import BackwardWeights
 from fdg_cuda.costs import LayerCost
 from fdg_cuda.cut_search import Search
+from fdg_cuda.errors import CutMemoryError
 from fdg_cuda.hardware import DeviceSpec, Link
 from fdg_cuda.schedule import Schedule
 from fdg_cuda.stage_memory import SGD_STATE, Holding, StageMemory, stage_memory
@@ -35,29 +36,6 @@ class Cut:
     def longest(self) -> float:
         """Seconds of a tick: of the stage, or the send stream, that takes longest."""
         return max(*self.stage_seconds, *self.hop_seconds)
-
-
-class CutMemoryError(ValueError):
-    """No cut fits into the devices' memories.
-
-    Attributes:
-        stages: those that lack memory in the cut that lacks least; several share a device.
-        shortage_bytes: how much they lack.
-        fitting_modes: values of ``backward_weights`` with which there is a cut that fits.
-    """
-
-    def __init__(
-        self,
-        message: str,
-        *,
-        stages: range,
-        shortage_bytes: int,
-        fitting_modes: Sequence[BackwardWeights],
-    ) -> None:
-        self.stages = stages
-        self.shortage_bytes = shortage_bytes
-        self.fitting_modes = list(fitting_modes)
-        super().__init__(message)
 
 
 def best_cut(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch.utils.data import dataloader
+
+from fdg_cuda.backward_weights import BackwardWeights
 
 
 class NonFiniteLossError(ArithmeticError):
@@ -170,6 +172,29 @@ def said_out_of_memory(stage: int, device: int) -> Iterator[None]:
         if "cudaErrorMemoryAllocation" not in str(error):
             raise
         raise DeviceOutOfMemoryError(stage, device, error) from error
+
+
+class CutMemoryError(ValueError):
+    """No cut fits into the devices' memories.
+
+    Attributes:
+        stages: those that lack memory in the cut that lacks least; several share a device.
+        shortage_bytes: how much they lack.
+        fitting_modes: values of ``backward_weights`` with which there is a cut that fits.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        stages: range,
+        shortage_bytes: int,
+        fitting_modes: Sequence[BackwardWeights],
+    ) -> None:
+        self.stages = stages
+        self.shortage_bytes = shortage_bytes
+        self.fitting_modes = list(fitting_modes)
+        super().__init__(message)
 
 
 class CaptureError(RuntimeError):
