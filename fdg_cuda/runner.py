@@ -69,12 +69,12 @@ class FDGRunner:
             allowed (``["cpu", "cpu"]``, ``[0, 0, 1, 1]``); all of one kind.
         method: ``"fdg"`` (Zhuang et al., TNNLS 2021), ``"ddg"`` (Huo et al., ICML 2018) or ``"bp"``.
         split: where stages 1, 2, ... begin: numbers of the children, or of the pieces of a captured
-            model. None: where the measured times of forward and backward balance best, on the first
-            batch of the first ``fit``.
+            model. None: where the longest stage is as short as possible, by what layers cost on the
+            first batch of the first ``fit``; on CUDA devices within their memory.
         split_points: in place of ``split``, names of submodules with which stages 1, 2, ... begin:
             ``["layer2.0", "layer3"]``; of an ``nn.Sequential`` names of its children.
-        sample: a batch's input, to capture the model on now. None: the input of the first batch of
-            the first ``fit``. An ``nn.Sequential`` or a list needs none.
+        sample: a batch's input, to capture the model on now; a few samples of it do. None: the input
+            of the first batch of the first ``fit``. An ``nn.Sequential`` or a list needs none.
         loss_fn: ``(output, target) -> scalar``, a mean over samples; default cross-entropy.
         optimizer: makes the torch optimizer of each stage from a list of its parameters (or of groups
             of them, with ``param_groups``): ``lambda params: torch.optim.AdamW(params, lr=3e-4)``.

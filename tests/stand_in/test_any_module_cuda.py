@@ -37,6 +37,17 @@ class Residual(nn.Module):
         return self.head(x)
 
 
+class Long(Residual):
+    """What the stem gives is wanted at the end; two tensors cross most cuts."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.stem(x)
+        x = first
+        for block in self.blocks:
+            x = F.relu(block(x)) * self.scale
+        return self.head(x + first)
+
+
 def data_of(seed: int = 0) -> list[Any]:
     generator = torch.Generator().manual_seed(seed)
     sizes = (5, 5, 5, 5, 5, 3)
@@ -71,3 +82,16 @@ def test_is_trained_as_on_the_cpu(graphs: bool) -> None:
     assert all(torch.allclose(plain.predict(data[0][0]), output) for output in outputs)
     captured: Any = accelerator()
     assert (captured.captures > 0) == graphs
+
+
+@pytest.mark.parametrize("graphs", [False, True], ids=["eager", "graphs"])
+def test_measured_cuts_through_skips(graphs: bool) -> None:
+    torch.manual_seed(0)
+    model, data = Long().double(), data_of()
+    twin = copy.deepcopy(model)
+    runner = FDGRunner(model, [0, 1, 1], graphs=graphs, lr=0.05)
+    losses = runner.fit(data, epochs=2).batch_losses
+    plain = FDGRunner(twin, ["cpu"] * 3, split=runner.split, lr=0.05)
+    assert losses == pytest.approx(plain.fit(data, epochs=2).batch_losses, rel=1e-9)
+    assert largest_difference(runner.state_dict(), plain.state_dict()) < TOLERANCE
+    assert torch.allclose(runner.predict(data[0][0]), plain.predict(data[0][0]))
