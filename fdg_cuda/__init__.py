@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     )
     from fdg_cuda.groups import no_decay_on_norm_and_bias
     from fdg_cuda.metrics import BatchResult, EpochResult, Evaluation, History
-    from fdg_cuda.planning import Plan, plan
+    from fdg_cuda.planning import plan
+    from fdg_cuda.plans import Plan
     from fdg_cuda.runner import FDGRunner
     from fdg_cuda.shares import Shares
     from fdg_cuda.stage_log import StageLog
@@ -74,7 +75,7 @@ _MODULES = {
     "LoaderWorkerError": "fdg_cuda.errors",
     "ModelCaptureError": "fdg_cuda.errors",
     "NonFiniteLossError": "fdg_cuda.errors",
-    "Plan": "fdg_cuda.planning",
+    "Plan": "fdg_cuda.plans",
     "Shares": "fdg_cuda.shares",
     "StageLog": "fdg_cuda.stage_log",
     "TensorBoard": "fdg_cuda.tensorboard",

@@ -13,7 +13,8 @@ from torch import nn
 
 from fdg_cuda import models
 from fdg_cuda.names import did_you_mean
-from fdg_cuda.planning import Plan, plan
+from fdg_cuda.planning import plan
+from fdg_cuda.plans import Plan
 
 
 @dataclass(frozen=True)

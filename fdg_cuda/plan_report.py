@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fdg_cuda.files import replacing
-from fdg_cuda.planning import Choice, Plan
+from fdg_cuda.plans import Choice, Plan
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -11,11 +11,11 @@ import torch
 from commands import Cli
 from torch import nn
 
-from fdg_cuda import FDGRunner, plan, planning
+from fdg_cuda import FDGRunner, Plan, plan, planner
 from fdg_cuda.costs import LayerCost
 from fdg_cuda.hardware import DeviceSpec, Link
 from fdg_cuda.hardware_file import Hardware
-from fdg_cuda.planning import Plan, numbers_of_stages
+from fdg_cuda.planning import numbers_of_stages
 
 MEGA = 1_000_000
 # Eight equal layers: 10 ms forward, 20 ms backward, hops of 4 MB, 8 MB kept for the backward.
@@ -33,8 +33,8 @@ LAYERS = 8
 
 @pytest.fixture
 def given_costs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planning._Planner, "_costs", lambda self, stages: [LAYER] * LAYERS)
-    monkeypatch.setattr(planning, "update_seconds_per_byte", lambda device, threads: 1e-9)
+    monkeypatch.setattr(planner.Planner, "_costs", lambda self, stages: [LAYER] * LAYERS)
+    monkeypatch.setattr(planner, "update_seconds_per_byte", lambda device, threads: 1e-9)
 
 
 def plan_for(*devices: DeviceSpec, link: Link | None = None, mode: str | None = None) -> Plan:

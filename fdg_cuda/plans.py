@@ -1,0 +1,85 @@
+"""What a plan says: how fast, cut where, with how much memory, for every number of stages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fdg_cuda.timeline import Timeline
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage of a planned cut.
+
+    Attributes:
+        device: its name.
+        begins_at: what it begins with, as people know it.
+        seconds: its forward, backward and update of one batch.
+        busy: share of the time in which it is at work, 0 to 1.
+        memory_bytes: with the batches it holds.
+        up_bytes, down_bytes: what it sends per batch, to the stages above and below.
+    """
+
+    device: str
+    begins_at: str
+    seconds: float
+    busy: float
+    memory_bytes: int
+    up_bytes: int
+    down_bytes: int
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A cut into ``len(stages)`` stages.
+
+    Attributes:
+        mode: the ``backward_weights``.
+        split: the layers (or pieces) at which stages 1, 2, ... begin.
+        tick_seconds: a batch is trained per tick with ``"fdg"``.
+        ddg_seconds: per batch, with ``"ddg"`` and the same cut.
+        data_parallel_seconds: per batch, of as many replicas with a batch of this size each.
+        data_parallel_fits: whether each device has the memory for the whole model.
+        timeline: of some ticks.
+    """
+
+    mode: str
+    split: tuple[int, ...]
+    stages: tuple[StagePlan, ...]
+    tick_seconds: float
+    ddg_seconds: float
+    data_parallel_seconds: float
+    data_parallel_fits: bool
+    timeline: Timeline
+
+
+@dataclass(frozen=True)
+class Row:
+    """The best choice for ``stages`` stages, or why there is none."""
+
+    stages: int
+    choice: Choice | None
+    why_not: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What :func:`plan` found.
+
+    Attributes:
+        rows: by the number of stages.
+        recommended: the fastest choice whose stages are all worth having; None if nothing fits.
+        bp_seconds: of a training step with BP on the first device, all of it, if it had the memory.
+        batch_size: samples per batch.
+        layers: how many the model was measured as.
+    """
+
+    rows: tuple[Row, ...]
+    recommended: Choice | None
+    bp_seconds: float
+    batch_size: int
+    layers: int
+
+    def speed_up(self, seconds: float) -> float:
+        """Of so many seconds per batch over BP on the first device."""
+        return self.bp_seconds / seconds
