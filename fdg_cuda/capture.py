@@ -28,6 +28,8 @@ from fdg_cuda.trace import Place, Trace
 
 logger = logging.getLogger("fdg_cuda")
 
+# Samples that a batch is cut down to.
+_FEW = 2
 # Distinct sizes of a sample, beside that of the batch, that are tried out; further ones are taken to
 # be fixed.
 _SIZES_TRIED = 4
@@ -41,6 +43,7 @@ def capture(model: nn.Module, sample: Nested) -> GraphChain:
     """The forward of ``model`` as a chain.
 
     The model is left as it was: its modes, buffers, gradients and attributes, and the random states.
+    Most of it needs a few of the batch's samples only.
 
     Args:
         model: any module. Its forward is run a few times on ``sample``.
@@ -58,13 +61,46 @@ def capture(model: nn.Module, sample: Nested) -> GraphChain:
     device = next((tensor.device for tensor in [*model.parameters(), *model.buffers()]), None)
     if device is not None:
         sample = moved(sample, device)
-    form = InputForm.of(model, sample)
     with _left_alone(model):
-        _warm_up(model, form, sample)
-        trace, training, whole = _followed(model, form, sample)
-        form.free |= _free_sizes(model, form, sample, training, frozenset(whole))
-        chain = GraphChain(model, trace, form, whole)
-        _verify(chain, sample)
+        few = _few_of(sample)
+        if few is not None:
+            try:
+                chain = _captured(model, few)
+                _run_whole(chain, sample)
+                return chain
+            except Exception as error:  # which matters only if all samples meet it too
+                logger.debug("captured with all samples, since with %d: %s", _FEW, error)
+        return _captured(model, sample)
+
+
+def _few_of(sample: Nested) -> Nested | None:
+    """The first samples of a batch, which take less time; None where they are all there are, or where
+    it would not be clear what is a sample."""
+    count = sample_count(sample)
+    firsts = [len(tensor) for tensor in tensors(sample) if tensor.ndim]
+    if count <= _FEW or _FEW in firsts:
+        return None
+    return map_tensors(lambda t: t[:_FEW] if t.ndim and len(t) == count else t, sample)
+
+
+def _run_whole(chain: GraphChain, sample: Nested) -> None:
+    """Raises:
+    ModelCaptureError: code that asks for the number of samples answers otherwise for so many.
+    """
+    (whole,) = chain.stages([])
+    for module in chain.model.modules():
+        module.training = True
+    with torch.no_grad():
+        whole(cloned(sample))
+
+
+def _captured(model: nn.Module, sample: Nested) -> GraphChain:
+    form = InputForm.of(model, sample)
+    _warm_up(model, form, sample)
+    trace, training, whole = _followed(model, form, sample)
+    form.free |= _free_sizes(model, form, sample, training, frozenset(whole))
+    chain = GraphChain(model, trace, form, whole)
+    _verify(chain, sample)
     return chain
 
 
