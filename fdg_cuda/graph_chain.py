@@ -30,7 +30,7 @@ class Crossing:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the sample's batch."""
+        """Bytes; of a batch of two samples, if the model was captured with more."""
         return 0 if self.sizes_only else self.info.nbytes
 
 
