@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +24,8 @@ from fdg_cuda.saved_bytes import SavedBytes
 
 # Passes behind the one that warms up.
 MOST_PASSES, LEAST_PASSES = 9, 3
-# No more passes than the least behind so many seconds, and none that would go beyond the limit but
-# the first. A pass so long that this matters repeats itself well enough.
+# No more passes than the least behind so many seconds, and none that would end beyond the limit, not
+# even one behind the first: what warms up is little of a pass that long.
 ENOUGH_SECONDS, LIMIT_SECONDS = 6.0, 12.0
 
 
@@ -91,8 +92,7 @@ def measure(
         torch.set_num_threads(threads)
         with torch.random.fork_rng(devices=list(random_devices)), torch.enable_grad():
             counted = SavedBytes()
-            warm_up = chain.run(counted)
-            passes = _repeated(chain.run)
+            passes = _repeated(partial(chain.run, counted), chain.run)
     finally:
         torch.set_num_threads(previous_threads)
         buffers.restore()
@@ -106,9 +106,9 @@ def measure(
             fixed_bytes=sum(b.nbytes for b in layer.buffers())
             + sum(p.nbytes for p in layer.parameters() if not p.requires_grad),
             saved_bytes=counted.layers[number].saved,
-            input_bytes=warm_up[number].input_bytes,
-            output_bytes=warm_up[number].output_bytes,
-            error_bytes=warm_up[number].error_bytes,
+            input_bytes=passes[0][number].input_bytes,
+            output_bytes=passes[0][number].output_bytes,
+            error_bytes=passes[0][number].error_bytes,
             kept_input_bytes=counted.layers[number].kept_input,
             kept_output_bytes=counted.layers[number].kept_output,
         )
@@ -116,20 +116,20 @@ def measure(
     ]
 
 
-def _repeated(run: Callable[[], list[_Passed]]) -> list[list[_Passed]]:
-    passes: list[list[_Passed]] = []
-    begin = latest = time.perf_counter()
-    while True:
-        passes.append(run())
-        now = time.perf_counter()
-        spent, longest = now - begin, now - latest
-        latest = now
-        if (
-            len(passes) == MOST_PASSES
-            or (len(passes) >= LEAST_PASSES and spent >= ENOUGH_SECONDS)
-            or spent + longest > LIMIT_SECONDS
-        ):
-            return passes
+def _repeated(
+    first: Callable[[], list[_Passed]], again: Callable[[], list[_Passed]]
+) -> list[list[_Passed]]:
+    """What passes came to: those behind the first, or the first if there is no time for more."""
+    begin = time.perf_counter()
+    passes = [first()]
+    spent = longest = time.perf_counter() - begin
+    while len(passes) <= MOST_PASSES and spent + longest <= LIMIT_SECONDS:
+        if len(passes) > LEAST_PASSES and spent >= ENOUGH_SECONDS:
+            break
+        passes.append(again())
+        now = time.perf_counter() - begin
+        spent, longest = now, max(longest, now - spent)
+    return passes[1:] or passes
 
 
 @dataclass

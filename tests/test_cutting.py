@@ -172,7 +172,10 @@ def test_a_shared_devices_memory_is_shared() -> None:
     cut = best_cut(EVEN, both, FDG2, STASH)
     assert cut.split == [5]
     assert sum(memory.total for memory in cut.memory) == 17_000
-    # Stages that are no neighbours have their parts of it: 12 and 6 of 18 kB.
+    # Of many layers, one fewer on the longest stage is little, and counts.
+    cut = best_cut(EVEN[:1] * 400, [DeviceSpec("card", 540_000)] * 2, FDG2, STASH)
+    assert cut.split == [140]
+    # Stages that are no neighbours have their parts of it: 9 of 18 kB each.
     parts = [DeviceSpec("a", 18_000), DeviceSpec("b"), DeviceSpec("a", 18_000)]
     apart = best_cut(EVEN, parts, FDG3, STASH)
     assert apart.memory[0].total <= 9_000
