@@ -32,6 +32,7 @@ lint: $(VENV)/developer ## ruff, clang-format, mypy, and the stub against the ex
 	$(BIN)/mypy
 	$(BIN)/python -m mypy.stubtest fdg_cuda._core --ignore-missing-stub --allowlist tests/stubtest_allowlist.txt
 	$(BIN)/python -m benchmarks.tables --check
+	$(BIN)/python -m docs.model_table --check
 
 bench: $(VENV)/developer ## every benchmark; writes benchmarks/results (a quiet machine, 40 minutes)
 	$(BIN)/python -m benchmarks.training_step
@@ -42,8 +43,9 @@ bench: $(VENV)/developer ## every benchmark; writes benchmarks/results (a quiet 
 	$(BIN)/python -m benchmarks.learning
 	$(BIN)/python -m benchmarks.tables
 
-figures: $(VENV)/developer ## the pictures in docs/
+figures: $(VENV)/developer ## the pictures and tables in docs/
 	$(BIN)/python -m docs.pipeline_picture
+	$(BIN)/python -m docs.model_table
 
 clean:
 	rm -rf $(VENV) build *.egg-info fdg_cuda/_core.*.so

@@ -19,6 +19,7 @@ from fdg_cuda.chain import check_output
 from fdg_cuda.cpu_threads import set_threads_of_streams
 from fdg_cuda.errors import said_where
 from fdg_cuda.forward_only import ForwardLayout, ForwardSchedule
+from fdg_cuda.hops import storages, without_own
 from fdg_cuda.inference import Finish
 from fdg_cuda.layout import INBOX_HALVES, Step
 from fdg_cuda.nested import Nested, cloned
@@ -135,6 +136,7 @@ class _ForwardStage:
         self.above: _ForwardStage | None = None
         self._index = index
         self._layers = list(layers)
+        self._buffers = storages(buffer for layer in layers for buffer in layer.buffers())
         self._precision = precision
         self._ends = ends
         self._generator = torch.Generator()
@@ -162,7 +164,8 @@ class _ForwardStage:
                     value = layer(value)
             output = check_output(value, f"stage {self._index}")
             if self.above is not None:
-                self._output = output
+                # The next batch may change buffers before the stage above has read them.
+                self._output = without_own(output, self._buffers)
                 return
             with said_where(f"the loss of batch {number}"):
                 target = self._ends.targets.pop(batch)

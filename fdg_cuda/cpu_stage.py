@@ -180,7 +180,7 @@ class CpuStage(Stage):
 
     def _tell_overlapping(self, numbers: frozenset[int]) -> None:
         assert self.above is not None
-        self.above.overlapping = numbers
+        self.above.guard.overlapping = numbers
 
     def _pass_down(self, batch: int, leaves: Sequence[Tensor]) -> None:
         self._errors = take_gradients(leaves)

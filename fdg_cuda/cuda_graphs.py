@@ -13,35 +13,23 @@ A stage that cannot be captured runs eagerly, with the same numbers.
 from __future__ import annotations
 
 import logging
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fdg_cuda import _core
 from fdg_cuda.accelerator import Graph, accelerator
 from fdg_cuda.buffers import SavedBuffers
-from fdg_cuda.cuda_stage import CudaStage, parcel_of
+from fdg_cuda.cuda_stage import CudaStage
 from fdg_cuda.errors import CaptureError, DeviceOutOfMemoryError
-from fdg_cuda.graph_stage import modes_of
+from fdg_cuda.forms import Form, Parcel, errors_in, extent, packed_errors, parcel_of
+from fdg_cuda.graph_conditions import baked_in, place_in_model, why_not_captured
 from fdg_cuda.hops import Errors, reached
-from fdg_cuda.mail import (
-    Form,
-    Parcel,
-    addresses,
-    errors_in,
-    extent,
-    form_of_errors,
-    packed_errors,
-    without_gaps,
-    word,
-)
+from fdg_cuda.mail import addresses, word
 from fdg_cuda.nested import Nested, distinct
 from fdg_cuda.stage import Slot
-from fdg_cuda.torch_facts import has_hooks
 
 logger = logging.getLogger("fdg_cuda")
 
@@ -116,15 +104,15 @@ class StageGraphs:
         self._incoming = None
 
     def lend(self, slot: int, held: Slot) -> None:
-        """Let a backward that is not replayed have what a replayed forward left in ``slot``: other
-        error signals came than are the rule."""
+        """Let a backward that is not replayed have what a replayed forward left in ``slot``: fewer
+        error signals came than there are tensors that want one."""
         graphs = self._slots.get(slot)
         if graphs is not None and not held.roots:
             held.input, held.roots, held.lent = graphs.input, graphs.roots, True
 
     def begin_epoch(self) -> None:
         """Capture again if the layers are no longer what they were (modes, buffers, settings)."""
-        now = self._circumstances_now()
+        now = baked_in(self._stage.layers)
         if now == self._circumstances:
             return
         self._circumstances = now
@@ -195,8 +183,8 @@ class StageGraphs:
         intakes: list[Intake] = []
         if graphs.incoming is not None:
             inbox = stage.mail.errors
-            source, fitting = word(inbox.address, half)[0], word(inbox.fitting, half)[0]
-            intakes.append(_intake(source, extent(graphs.incoming), fitting))
+            source, sent = word(inbox.address, half)[0], word(inbox.sent, half)[0]
+            intakes.append(_intake(source, extent(graphs.incoming), sent))
         row = stage.memory.gradient_table[slot]
         words: list[Words] = [(int(row.ctypes.data), list(graphs.gradients))]
         if stage.below is not None:
@@ -204,8 +192,6 @@ class StageGraphs:
             nbytes = 0 if parcel is None else parcel.nbytes
             words += [
                 (word(errors.sent, half)[0], [nbytes]),
-                # A receiver without graphs so far takes in, once it has some, what is sent here.
-                (word(errors.fitting, half)[0], [nbytes if errors.taken in (None, parcel) else 0]),
                 (word(errors.by_graph, half)[0], [1]),
                 (word(stage.mail.error_words, 0)[0], [graphs.address_down]),
             ]
@@ -235,7 +221,7 @@ class StageGraphs:
 
     def _capture(self, slot: int, copy: int, batch: int) -> None:
         stage = self._stage
-        reason = _why_not(stage.layers)
+        reason = why_not_captured(stage.layers)
         if reason is not None:
             self._run_eagerly(reason)
             return
@@ -275,7 +261,10 @@ class StageGraphs:
             if not any(root.requires_grad for root in roots):
                 return False
             stage._check_leaves(roots, graphs.input, copy)
-            self._gradients(graphs, roots, None if stage.is_last else _rule(output), copy)
+            if not stage.is_last:
+                _, parcel = parcel_of(output)
+                self._take_in(graphs, parcel)
+            self._gradients(graphs, roots, graphs.errors, copy)
         after = accelerator().random_state(stage.ordinal)
         self._draws_random_numbers = not torch.equal(before, after)
         self._warm = True
@@ -293,7 +282,6 @@ class StageGraphs:
             sent, parcel = parcel_of(output)
             if graphs.sent is None:
                 graphs.sent, graphs.parcel = sent, parcel
-                graphs.errors = _rule(output)
             return [sent]
 
         def backward() -> list[Tensor]:
@@ -309,26 +297,24 @@ class StageGraphs:
 
         graphs.forward = self._captured("forward", accelerator().graph_pool(), forward)
         if stage.above is not None:
+            assert graphs.parcel is not None
             if stage.above.mail.inbox.regular not in (None, graphs.parcel):
                 raise CaptureError("its output changes its layout from batch to batch")
             stage.above.mail.inbox.regular = graphs.parcel
-            self._take_in(graphs)
+            self._take_in(graphs, graphs.parcel)
         graphs.backward = self._captured("backward", self._backward_pool, backward)
         if stage.below is not None and graphs.parcel_down is not None:
             stage.below.mail.errors.regular = graphs.parcel_down
 
-    def _take_in(self, graphs: SlotGraphs) -> None:
-        """Make room for the error signals: those that the stage above was seen to send if it has
-        graphs, else those to be expected."""
-        inbox = self._stage.mail.errors
-        if inbox.taken is None:
-            assert graphs.errors is not None
-            inbox.taken = inbox.regular or Parcel(form_of_errors(graphs.errors))
+    def _take_in(self, graphs: SlotGraphs, parcel: Parcel) -> None:
+        """Make room for the error signals that come back for ``parcel``. If fewer come, which are
+        fewer bytes, the backward is not replayed."""
+        back = parcel.coming_back
         if self._incoming is None:
             device = self._stage.device
-            self._incoming = torch.zeros(inbox.taken.nbytes, dtype=torch.uint8, device=device)
+            self._incoming = torch.zeros(back.nbytes, dtype=torch.uint8, device=device)
         graphs.incoming = self._incoming
-        graphs.errors = errors_in(self._incoming, inbox.taken.form)
+        graphs.errors = errors_in(self._incoming, back.form)
 
     def _captured(self, what: str, pool: object, function: Callable[[], list[Tensor]]) -> Graph:
         stage = self._stage
@@ -337,7 +323,7 @@ class StageGraphs:
         except Exception as error:
             first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise CaptureError(
-                f"its {what} cannot be captured: {first_line}{_at(error)}"
+                f"its {what} cannot be captured: {first_line}{place_in_model(error)}"
             ) from error
 
     def _gradients(
@@ -384,50 +370,6 @@ class StageGraphs:
             ) from cause
         logger.warning("stage %d runs eagerly, which is slower: %s", stage.index, reason)
 
-    def _circumstances_now(self) -> object:
-        """What a graph has baked in and a caller may change between two epochs."""
-        return [
-            (
-                str(layer),
-                modes_of(layer),
-                addresses(list(layer.buffers())),
-                [
-                    (p.data_ptr(), p.requires_grad)
-                    for p in layer.parameters()
-                    if not p.requires_grad
-                ],
-                _why_not([layer]),
-            )
-            for layer in self._stage.layers
-        ]
-
-
-def _rule(output: Nested) -> Errors:
-    """Error signals (zeros) as they are expected for ``output``, leaves for the stage above: one for
-    each that wants one."""
-    return [
-        torch.zeros_like(without_gaps(leaf)) if leaf.requires_grad else None
-        for leaf in distinct(output)
-    ]
-
 
 def _intake(source: int, target: tuple[int, int], sent: int) -> Intake:
     return source, *target, sent
-
-
-def _why_not(layers: Sequence[nn.Module]) -> str | None:
-    """What speaks against capturing ``layers`` before it is tried."""
-    for layer in layers:
-        for module in layer.modules():
-            if has_hooks(module):
-                return f"a {type(module).__name__} has hooks, which a graph would not call"
-    return None
-
-
-def _at(error: BaseException) -> str:
-    """Where in the model ``error`` arose, as " (at file.py:12: code)"."""
-    ours = (Path(__file__).parent, Path(torch.__file__).parent)
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        if not any(folder in Path(frame.filename).parents for folder in ours):
-            return f" (at {Path(frame.filename).name}:{frame.lineno}: {frame.line})"
-    return ""

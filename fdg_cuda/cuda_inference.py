@@ -18,8 +18,8 @@ from fdg_cuda.batches import Batch
 from fdg_cuda.chain import check_output
 from fdg_cuda.cuda_stage import CudaStage
 from fdg_cuda.errors import said_out_of_memory, said_where
+from fdg_cuda.forms import AnyForm, fill, form_of, without_gaps
 from fdg_cuda.inference import Finish
-from fdg_cuda.mail import AnyForm, fill, form_of, without_gaps
 from fdg_cuda.nested import Nested, cloned, device_of, map_tensors, moved, tensors
 
 # As many again as there are stages: what the host does between two batches shows on no device.

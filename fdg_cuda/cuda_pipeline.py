@@ -13,11 +13,13 @@ from fdg_cuda._core import Scheduler
 from fdg_cuda.accelerator import accelerator
 from fdg_cuda.backward_weights import BackwardWeights
 from fdg_cuda.batches import Batch
-from fdg_cuda.cuda_stage import CudaFit, CudaStage
+from fdg_cuda.cuda_fit import CudaFit
+from fdg_cuda.cuda_stage import CudaStage
+from fdg_cuda.forms import AnyForm
 from fdg_cuda.interrupts import Interrupts
 from fdg_cuda.layout import INBOX_HALVES, CudaLayout
 from fdg_cuda.loss_scale import BatchScales, LossScale
-from fdg_cuda.mail import METRICS, Form, NestedForm, Outbox
+from fdg_cuda.mail import METRICS, Outbox
 from fdg_cuda.nested import sample_count
 from fdg_cuda.optim import DelayedOptimizer
 from fdg_cuda.pipeline import MAX_TICKS_IN_FLIGHT, LossFunction, Pipeline
@@ -65,7 +67,7 @@ class CudaPipeline(Pipeline):
         )
         self._stages = list(stages)
         # Of the first batch's input and target.
-        self._regular: tuple[Form | NestedForm, ...] | None = None
+        self._regular: tuple[AnyForm, ...] | None = None
         self._samples = np.zeros(self._rows, dtype=np.int64)
         layout = CudaLayout(schedule, mode, staged=staged)
         self._lanes = [Lane(layout.stage_of(i), name) for i, name in enumerate(layout.streams)]

@@ -11,12 +11,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 from weakref import ReferenceType, ref
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -25,24 +23,14 @@ from fdg_cuda._core import Work
 from fdg_cuda.accelerator import Lane, accelerator
 from fdg_cuda.backward_weights import BackwardWeights
 from fdg_cuda.chain import check_loss
+from fdg_cuda.cuda_fit import CudaFit
 from fdg_cuda.errors import said_out_of_memory
 from fdg_cuda.flat import DTYPES
+from fdg_cuda.forms import Form, Parcel, errors_in, packed_errors, parcel_of
 from fdg_cuda.gradients import UpdateRule
 from fdg_cuda.hops import Errors, take_gradients
-from fdg_cuda.hyper import HyperTable
 from fdg_cuda.layout import INBOX_HALVES, CudaLayout, Step, Transfer
-from fdg_cuda.mail import (
-    Form,
-    Inbox,
-    Mailbox,
-    Outbox,
-    Parcel,
-    errors_in,
-    packed,
-    packed_errors,
-    turns,
-    word,
-)
+from fdg_cuda.mail import Inbox, Mailbox, Outbox, turns, word
 from fdg_cuda.metrics import correct_on_device
 from fdg_cuda.nested import Nested, distinct, map_distinct, repacked
 from fdg_cuda.precision import Precision
@@ -54,38 +42,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from fdg_cuda.cuda_graphs import StageGraphs
-    from fdg_cuda.pipeline import LossFunction
 
 logger = logging.getLogger("fdg_cuda")
-
-
-@dataclass
-class CudaFit:
-    """What the stages of one ``fit`` share.
-
-    Attributes:
-        lanes: torch's view of the scheduler's streams, in their order.
-        handles: those streams themselves, each a ``cudaStream_t``.
-        staged: per hop, whether it goes through pinned host memory.
-        regular: uint8 (stages, rows): whether the batch in a row has the regular form there.
-        inputs, targets: the batches that entered, in pinned memory.
-        results: float64 (rows, METRICS) in pinned memory, with the address of each row.
-        graphs: ``"auto"``, ``"always"`` or ``"never"``.
-    """
-
-    lanes: list[Lane]
-    handles: list[int]
-    staged: list[bool]
-    hyper: HyperTable
-    regular: np.ndarray
-    rows: int
-    ticks_in_flight: int
-    inputs: Outbox
-    targets: Outbox
-    results: Tensor
-    result_addresses: np.ndarray
-    loss_fn: LossFunction
-    graphs: str
 
 
 class CudaStage(Stage):
@@ -376,7 +334,7 @@ class CudaStage(Stage):
 
     def _tell_overlapping(self, numbers: frozenset[int]) -> None:
         assert self.above is not None
-        self.above.overlapping = numbers
+        self.above.guard.overlapping = numbers
 
     def _tell_if_regular(self, batch: int, parcel: Parcel) -> None:
         """Stages above replay graphs only for what looks as it did when they were captured."""
@@ -407,12 +365,6 @@ class CudaStage(Stage):
         correct = correct_on_device(output, self._target, self.device)
         self.mail.metrics.copy_(torch.stack([loss.detach().double().reshape(()), correct]))
         return loss
-
-
-def parcel_of(output: Nested) -> tuple[Tensor, Parcel]:
-    """Memory to send of ``output``, leaves for the stage above, and what it is."""
-    sent, form = packed(output)
-    return sent, Parcel(form, tuple(leaf.requires_grad for leaf in distinct(output)))
 
 
 def fit_hop_is_staged(one: CudaStage, other: CudaStage) -> bool:

@@ -30,12 +30,19 @@ def leaves_of(output: Nested, own: frozenset[int], *, replayed: bool) -> Nested:
     """
 
     def leaf(tensor: Tensor) -> Tensor:
-        sent = tensor.detach()
-        if _storage(tensor) in own:
-            sent = sent.clone()
+        sent = _not_of(own, tensor.detach())
         return sent.requires_grad_(wants_gradient(tensor) if replayed else tensor.requires_grad)
 
     return map_distinct(leaf, output)
+
+
+def without_own(output: Nested, own: frozenset[int]) -> Nested:
+    """``output`` with copies of what lies in ``own``, the :func:`storages` of a stage's buffers."""
+    return map_distinct(lambda tensor: _not_of(own, tensor), output)
+
+
+def _not_of(own: frozenset[int], tensor: Tensor) -> Tensor:
+    return tensor.clone() if _storage(tensor) in own else tensor
 
 
 def wants_gradient(tensor: Tensor) -> bool:

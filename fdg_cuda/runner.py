@@ -337,7 +337,11 @@ class FDGRunner:
             state = self._state(recipe, loader, lr_scheduler, listeners, history)
             saver = Saver(settings, state, epochs)
         batches = Batches(loader, epochs, state.before_reading if state else lambda: None)
-        self._staged.cut(batches, self._loss_fn, saver)
+        try:
+            self._staged.cut(batches, self._loss_fn, saver)
+        except BaseException:
+            batches.close()  # the loader's processes would else live as long as the exception
+            raise
         fit = Fit(
             partial(self._pipeline, measures),
             batches,

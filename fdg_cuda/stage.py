@@ -22,8 +22,9 @@ from fdg_cuda.errors import AliasedParameterError, said_where
 from fdg_cuda.flat import FlatMemory
 from fdg_cuda.gradients import UpdateRule
 from fdg_cuda.hops import Errors, leaves_of, overlapping, reached, storages
+from fdg_cuda.in_place import InputGuard
 from fdg_cuda.layout import Step
-from fdg_cuda.nested import Nested, distinct, map_distinct, repacked
+from fdg_cuda.nested import Nested, distinct
 from fdg_cuda.parameter_sites import ParameterSites, graph_leaves
 from fdg_cuda.precision import Precision
 from fdg_cuda.randomness import RandomState
@@ -69,8 +70,7 @@ class Stage(ABC):
 
     Attributes:
         replays: whether its backward runs the forward again.
-        overlapping: which tensors of what arrives lie in one another's memory where they come from,
-            by number. Written by the stage below, with its first batch.
+        guard: of what it takes in.
     """
 
     def __init__(
@@ -95,8 +95,7 @@ class Stage(ABC):
         self.memory = self._lay_out()
         self._sites = ParameterSites(self.layers, self.memory.parameters)
         self._updates = StageUpdates(self.memory, index, rule)
-        self._input_changed_in_place: bool | None = None
-        self.overlapping: frozenset[int] = frozenset()
+        self.guard = InputGuard(index)
         self._own_memory: frozenset[int] | None = None  # of weights and buffers, in this segment
         self._leaves_checked = False
         self._first_batch = 0
@@ -112,7 +111,7 @@ class Stage(ABC):
             self._updates.follow(self.memory)
         # Anew each time: a layer may keep a parameter elsewhere than before (parametrizations).
         self._sites = ParameterSites(self.layers, self.memory.parameters)
-        self._input_changed_in_place = None
+        self.guard.forget()
 
     def measure_updates(self, measures: UpdateMeasures) -> None:
         """Measure updates of this ``fit``, of which none was enqueued yet."""
@@ -242,7 +241,7 @@ class Stage(ABC):
 
     @abstractmethod
     def _tell_overlapping(self, numbers: frozenset[int]) -> None:
-        """Tell the stage above which tensors of what it gets are :attr:`overlapping`."""
+        """Tell the guard of the stage above which tensors of what it gets are overlapping."""
 
     @abstractmethod
     def _update_natively(self, source: int, copy: int, row: int, batch: int) -> None:
@@ -308,30 +307,9 @@ class Stage(ABC):
         return leaves_of(output, self._own_memory, replayed=self.replays)
 
     def _run_layers(self, leaf: Nested, batch: int) -> Nested:
-        """The layers on ``leaf``, which belongs to the stage below (or to the caller's loader).
-
-        A stage that begins with an in-place layer must work on a copy. The first batch finds out.
-        """
-        unchanged = self._input_changed_in_place is False
-        value = repacked(leaf) if unchanged else map_distinct(torch.clone, leaf)
-        probes = [(tensor, tensor._version) for tensor in distinct(value)]
-        for layer in self.layers:
-            value = layer(value)
-        changed = {n for n, (probe, version) in enumerate(probes) if probe._version != version}
-        if changed & self.overlapping:
-            raise RuntimeError(
-                f"stage {self.index} changes a tensor in place that shares its memory with another one "
-                f"it gets from stage {self.index - 1}, which would not see the change: copies are "
-                f"changed. Work out of place there (inplace=False), or pass on tensors that share no "
-                f"memory (tensor.clone())."
-            )
-        if self._input_changed_in_place is None:
-            self._input_changed_in_place = bool(changed)
-        elif not self._input_changed_in_place and changed:
-            raise RuntimeError(
-                f"stage {self.index} changed its input in place at batch {self._first_batch + batch} "
-                f"but not at the first batch; make its first layer work out of place (inplace=False)"
-            )
+        with self.guard.lent(leaf, self._first_batch + batch) as value:
+            for layer in self.layers:
+                value = layer(value)
         return check_output(value, f"stage {self.index}")
 
     def _backward(self, slot: int, copy: int, batch: int, row: int = 0) -> None:

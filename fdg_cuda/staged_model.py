@@ -18,6 +18,7 @@ from fdg_cuda.machine import Machine
 from fdg_cuda.model_chain import ModelChain
 from fdg_cuda.nested import Nested
 from fdg_cuda.pipeline import LossFunction
+from fdg_cuda.split import check_cuts
 from fdg_cuda.stage import Stage
 
 logger = logging.getLogger("fdg_cuda")
@@ -51,33 +52,6 @@ def chain_of(model: Model) -> ModelChain:
     if isinstance(model, nn.Sequential) and type(model).forward is nn.Sequential.forward:
         return LayerChain(model)
     return CapturedChain(model)
-
-
-def check_cuts(
-    split: Sequence[int] | None, split_points: Sequence[str] | None, stages: int
-) -> None:
-    """What can be said of them without the model.
-
-    Raises:
-        ValueError: both are given, or one of them does not name a place for each stage but the first.
-    """
-    if split is not None and split_points is not None:
-        raise ValueError("split and split_points both say where to cut the model; give one of them")
-    for name, cuts, kind, example in (
-        ("split", split, int, "layer numbers, such as [3, 7]"),
-        ("split_points", split_points, str, "submodules' names, such as ['layer2', 'layer3.0']"),
-    ):
-        if cuts is None:
-            continue
-        if isinstance(cuts, (str, int)) or not all(isinstance(cut, kind) for cut in cuts):
-            raise ValueError(
-                f"{name} must be a list of {example}, or None to measure where to cut; got {cuts!r}"
-            )
-        if len(cuts) != stages - 1:
-            raise ValueError(
-                f"{name} must name {stages - 1} of the layers, where stages 1, 2, ... begin (one less "
-                f"than there are devices); got {list(cuts)}"
-            )
 
 
 class StagedModel:
@@ -166,6 +140,8 @@ class StagedModel:
             self.lay_out(batches.first()[0])
             if kept is not None:
                 batches.begin_anew()  # the loader will go on as the checkpoint says
+        elif not self.stages:
+            self._cut_as_wanted()  # which failed when it was laid out
         # One of other stages will be refused, with all that differs.
         if saver is not None and kept is not None and kept["stages"] == self._count:
             with saver.naming_the_checkpoint():

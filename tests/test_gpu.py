@@ -24,6 +24,7 @@ from chains import (
     mlp,
     same_bits,
 )
+from hopping import hopping
 from nests import KINDS, nested
 from overflows import SPLIT, overflowing, single
 from plain import plain_evaluation, plain_outputs
@@ -398,6 +399,19 @@ def test_nested_inputs_train_and_are_evaluated(kind: str, stages: int) -> None:
     found, expected = runner.evaluate(data), plain_evaluation(twin, data, loss)
     assert found.loss == pytest.approx(expected.loss, rel=FLOAT64)
     assert (found.accuracy, found.samples) == (expected.accuracy, expected.samples)
+
+
+@pytest.mark.parametrize("graphs", [False, True], ids=["eager", "graphs"])
+def test_several_tensors_between_two_stages(graphs: bool) -> None:
+    """The agreement with the CPU; integers, and a tensor that is handed through every stage."""
+    found = []
+    for device, options in ((0, {"graphs": graphs}), ("cpu", {})):
+        runner = FDGRunner(hopping(), [device] * 3, split=[2, 3], lr=0.05, **options)
+        losses = runner.fit(batches(9), epochs=2).batch_losses
+        found.append((losses, runner.state_dict(), runner.evaluate(batches(9)).loss))
+    assert found[0][0] == pytest.approx(found[1][0], rel=FLOAT64)
+    assert largest_difference(found[0][1], found[1][1]) < FLOAT64
+    assert found[0][2] == pytest.approx(found[1][2], rel=FLOAT64)
 
 
 def test_predictions_of_many_batches_are_where_their_inputs_are() -> None:

@@ -95,3 +95,23 @@ def test_measured_cuts_through_skips(graphs: bool) -> None:
     assert losses == pytest.approx(plain.fit(data, epochs=2).batch_losses, rel=1e-9)
     assert largest_difference(runner.state_dict(), plain.state_dict()) < TOLERANCE
     assert torch.allclose(runner.predict(data[0][0]), plain.predict(data[0][0]))
+
+
+@pytest.mark.parametrize("graphs", [False, True], ids=["eager", "graphs"])
+def test_modes_of_code_that_is_followed_may_change_between_epochs(graphs: bool) -> None:
+    """The model's own, which belongs to no stage's modules, but to code in all of them."""
+    found = []
+    for devices, options in (([0, 1, 1], {"graphs": graphs}), (["cpu"] * 3, {})):
+        torch.manual_seed(0)
+        model = Residual().double()
+
+        def freeze(result: Any, model: nn.Module = model) -> None:
+            model.training = False
+
+        runner = FDGRunner(
+            model, devices, split_points=["blocks.1", "blocks.2"], lr=0.05, **options
+        )
+        losses = runner.fit(data_of(), epochs=2, on_epoch=freeze).batch_losses
+        found.append((losses, runner.state_dict()))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-9)
+    assert largest_difference(found[0][1], found[1][1]) < TOLERANCE
