@@ -206,8 +206,7 @@ class _Chain:
                 self._autocast(),
             ):
                 given = output = layer(value)
-            if last or not tensors(output):
-                check_output(output, f"layer {number}")
+            check_output(output, f"layer {number}")
             if last:
                 with said_where("the loss of the first batch"), self._autocast():
                     given = check_loss(self._loss(output, self._batch[1]), 0)
