@@ -110,8 +110,8 @@ def overhead() -> list[str]:
     ]
     ratios = [[f"{r['of']} / {r['to']}", spread(r, 3), goal_of(r)] for r in results["ratios"]]
     case = (
-        f"{s['model']}, K = {s['stages']}, batch {s['batch_size']}, {s['batches']} batches, a "
-        f"checkpoint every {s['every']}, {s['validation_batches']} to validate"
+        f"{s['model']}, K = {s['stages']}, batch {s['batch_size']}, {s['batches']} batches (on the way: "
+        f"every {s['every']}), {s['validation_batches']} to validate"
     )
     return [
         heading,

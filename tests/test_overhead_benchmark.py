@@ -25,13 +25,13 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def test_every_case_and_ratio_is_measured_in_every_round(results: dict[str, Any]) -> None:
     assert list(results["seconds_per_batch"]) == [
-        *(overhead.BARE, overhead.REPORTED, overhead.KEPT),
+        *(overhead.BARE, overhead.REPORTED, overhead.KEPT, overhead.DRAINED),
         *(overhead.EVALUATE, overhead.FLOOR),
     ]
     for q in (*results["seconds_per_batch"].values(), *results["ratios"]):
         assert 0 < q["q1"] <= q["median"] <= q["q3"]
         assert q["n"] == TINY.rounds
-    assert [ratio["goal"] for ratio in results["ratios"]] == [None, None, None, 1.02]
+    assert [ratio["goal"] for ratio in results["ratios"]] == [None, None, None, None, 1.02]
     assert results["settings"]["split"]
 
 
@@ -54,7 +54,9 @@ def test_what_is_to_be_paid_for_is_done(tmp_path: Path) -> None:
     measured.cases[overhead.REPORTED]()
     assert {file.name for file in tmp_path.iterdir() if file.is_file()} == {"metrics.csv"}
     measured.cases[overhead.KEPT]()
-    assert len(list((tmp_path / "checkpoints").iterdir())) >= TINY.batches // TINY.every
+    assert len(list((tmp_path / "kept").iterdir())) == 1
+    measured.cases[overhead.DRAINED]()
+    assert len(list((tmp_path / "drained").iterdir())) == TINY.batches // TINY.every
 
 
 def test_the_file_is_what_the_readme_shows(
@@ -68,7 +70,7 @@ def test_the_file_is_what_the_readme_shows(
     text = "\n".join(tables.overhead())
     assert f"| {overhead.KEPT} / {overhead.BARE} |" in text
     assert "at most 1.02" in text
-    assert "a checkpoint every 2" in text
+    assert "(on the way: every 2)" in text
 
 
 def test_a_quick_run_does_not_replace_the_result(capsys: pytest.CaptureFixture[str]) -> None:
