@@ -296,7 +296,8 @@ def test_weights_and_buffers_may_be_passed_on(weights: str) -> None:
             model = nn.Sequential(Stateful(own_memory=own), Grow(), nn.Linear(5, CLASSES)).double()
             runner = runner_of(model, 3, split=[1, 2], backward_weights=weights)
             runner._machine.injected_delays = delays  # type: ignore[attr-defined]
-            found.append((runner.fit(batches(8)).batch_losses, state(model)))
+            losses = runner.fit(batches(8)).batch_losses
+            found.append(((losses, runner.evaluate(batches(8))), state(model)))
     for other in found[1:]:
         assert other[0] == found[0][0]
         assert same_bits(other[1], found[0][1])
