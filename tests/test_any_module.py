@@ -9,14 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from captured_models import FAMILIES, OTHERS, Gpt, gpt, made
+from captured_models import FAMILIES, OTHERS, Gpt, made
 from chains import same_bits
 from crashes import Crash, CrashError
+from residual import Residual, data_of, residual
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from fdg_cuda import CheckpointError, Checkpoints, FDGRunner, ModelCaptureError
+from fdg_cuda import CheckpointError, Checkpoints, FDGRunner
 from fdg_cuda.batches import Batches
 from fdg_cuda.nested import map_tensors, sample_count, tensors
 
@@ -27,34 +28,6 @@ ROUNDED = ("convnext",)
 HYPER: dict[str, Any] = {"lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4}
 
 
-class Block(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.norm = nn.BatchNorm1d(width)
-        self.inner = nn.Linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = F.dropout(torch.relu(self.norm(x)), 0.2, training=self.training)
-        return x + self.inner(y)
-
-
-class Residual(nn.Module):
-    """Skips, dropout by mode, and a buffer that all blocks read and ``state_dict`` leaves out."""
-
-    def __init__(self, blocks: int = 3, width: int = 8) -> None:
-        super().__init__()
-        self.stem = nn.Linear(6, width)
-        self.blocks = nn.ModuleList(Block(width) for _ in range(blocks))
-        self.head = nn.Linear(width, 4)
-        self.register_buffer("scale", torch.full((width,), 0.5), persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        for block in self.blocks:
-            x = block(x) * self.scale
-        return self.head(x)
-
-
 class Scaled(nn.Module):
     def __init__(self, block: nn.Module, scale: Tensor) -> None:
         super().__init__()
@@ -63,19 +36,6 @@ class Scaled(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.block(x) * self.own
-
-
-def data_of(count: int = 6, *, size: int = 5, last: int = 3) -> list[tuple[Tensor, Tensor]]:
-    sizes = [size] * (count - 1) + [last]
-    return [(torch.randn(n, 6), torch.randint(0, 4, (n,))) for n in sizes]
-
-
-def residual(stages: int = 2, **options: Any) -> FDGRunner:
-    torch.manual_seed(1)
-    points = [f"blocks.{k}" for k in range(1, stages)]
-    return FDGRunner(
-        Residual(), ["cpu"] * stages, **{"split_points": points, "lr": 0.05, **options}
-    )
 
 
 def without_dropout(model: nn.Module) -> nn.Module:
@@ -516,174 +476,3 @@ def test_a_batch_looked_at_too_early_is_not_lost() -> None:
         batches.begin_anew()
         assert batches.first()[0] is first[0]
         assert [x.shape for x, _ in batches.epoch()] == [x.shape for x, _ in given]
-
-
-# -- where to cut ------------------------------------------------------------------------------------
-
-
-def test_split_points_of_an_nn_sequential_are_its_children() -> None:
-    model = nn.Sequential()
-    for name in ("stem", "body", "head"):
-        model.add_module(name, nn.Sequential(nn.Linear(4, 4), nn.Tanh()))
-    runner = FDGRunner(model, ["cpu"] * 3, split_points=["body", "head"])
-    assert (runner.split, runner.split_points) == ([1, 2], ["body", "head"])
-    assert FDGRunner(list(model), ["cpu"] * 2, split=[2]).split_points == ["2"]
-    for points, words in (
-        (["body", "head.0"], r"'head.0' lies inside of 'head'.*nearest is 'head'"),
-        (["body", "haed"], r"no child 'haed'.*stem, body, head.*Did you mean 'head'"),
-        (["head", "body"], "increase"),
-        (["stem", "body"], "between 1 and 2"),
-    ):
-        with pytest.raises(ValueError, match=words):
-            FDGRunner(model, ["cpu"] * 3, split_points=points)
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"split": [3], "split_points": ["blocks.1"]}, "both say where to cut"),
-        ({"split": [3, 5]}, r"split must name 1 of the layers.*got \[3, 5\]"),
-        ({"split": ["blocks.1"]}, "split must be a list of layer numbers"),
-        ({"split_points": []}, r"split_points must name 1 of the layers"),
-        ({"split_points": "blocks.1"}, "split_points must be a list of submodules' names"),
-        ({"split_points": [3]}, "split_points must be a list of submodules' names"),
-    ],
-)
-def test_cuts_that_cannot_be_meant_are_refused_without_a_sample(
-    options: dict[str, Any], words: str
-) -> None:
-    with pytest.raises(ValueError, match=words):
-        FDGRunner(Residual(), ["cpu", "cpu"], **options)
-
-
-@pytest.mark.parametrize("sampled", [False, True], ids=["first-batch", "sample"])
-@pytest.mark.parametrize(
-    ("model", "options", "words"),
-    [
-        (Residual, {"split_points": ["block.1"]}, r"no submodule 'block.1'.*blocks.1"),
-        (Residual, {"split_points": ["stem"]}, "cannot cut before stem: it begins the model"),
-        (Residual, {"split": [100]}, r"cuts must lie between 1 and \d+"),
-        (Residual, {"split": [0]}, r"cuts must lie between 1 and \d+"),
-    ],
-)
-def test_cuts_that_the_captured_model_has_not(
-    model: Any, options: dict[str, Any], words: str, sampled: bool
-) -> None:
-    data = data_of(2)
-    if sampled:
-        with pytest.raises(ModelCaptureError, match=words):
-            FDGRunner(model(), ["cpu", "cpu"], sample=data[0][0], **options)
-        return
-    runner = FDGRunner(model(), ["cpu", "cpu"], **options)
-    for _ in range(2):  # not cut elsewhere when it is tried again
-        with pytest.raises(ModelCaptureError, match=words):
-            runner.fit(data)
-
-
-class Loop(nn.Module):
-    """A loop over two cells, between two layers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.last = nn.Linear(6, 6), nn.Linear(6, 4)
-        self.cell, self.other = nn.Linear(6, 6), nn.Linear(6, 6)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.first(x)
-        for _ in range(3):
-            x = self.other(torch.tanh(self.cell(x)))
-        return self.last(x)
-
-
-def test_weights_that_are_used_again_are_never_cut_apart() -> None:
-    """By measurement, too: the cuts in between are none."""
-    model, ids = gpt(tied=True)
-    for points in (["blocks.1"], ["head"]):
-        with pytest.raises(
-            ModelCaptureError, match=r"words.weight is used in words .* in one stage"
-        ):
-            FDGRunner(model, ["cpu", "cpu"], split_points=points, sample=ids)
-    with pytest.raises(
-        ModelCaptureError, match=r"too few for 4 stages: parameter words.weight is used"
-    ):
-        FDGRunner(model, ["cpu"] * 4, sample=ids)
-    x = torch.randn(2, 6)
-    looped = "parameter cell.weight is used 3 times, in a loop around cell"
-    with pytest.raises(
-        ModelCaptureError, match=rf"cannot cut before other: {looped}.*nearest cuts"
-    ):
-        FDGRunner(Loop(), ["cpu", "cpu"], split_points=["other"], sample=x)
-    with pytest.raises(ModelCaptureError, match=rf"3 pieces at most, too few for 4.*{looped}"):
-        FDGRunner(Loop(), ["cpu"] * 4, sample=x)
-    runner = FDGRunner(Loop(), ["cpu"] * 3, lr=0.05)
-    runner.fit(data_of(4))
-    assert runner.split_points == ["cell", "last"]
-
-
-# -- what cannot be captured -------------------------------------------------------------------------
-
-
-def quantized() -> nn.Module:
-    model = nn.Linear(6, 2)
-    model.register_buffer("q", torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8))
-    return model
-
-
-class OnMeta(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Linear(6, 2), nn.Linear(2, 2, device="meta")
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.b(self.a(x))
-
-
-@pytest.mark.parametrize(
-    ("make", "words"),
-    [
-        (OnMeta, r"several devices \(a.weight on cpu, b.weight on meta\)"),
-        (quantized, "quantized"),
-        (lambda: nn.Linear(6, 2, dtype=torch.complex64), "view_as_real"),
-        (lambda: nn.LazyLinear(3), "run one batch through the model first"),
-        (lambda: nn.DataParallel(nn.Linear(6, 2)), "give model.module"),
-    ],
-)
-def test_models_that_cannot_be_trained_are_refused_without_a_sample(make: Any, words: str) -> None:
-    with pytest.raises(ModelCaptureError, match=words):
-        FDGRunner(make(), ["cpu"])
-
-
-class Branching(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.first(x)
-        if x.sum() > 0:
-            x = -x
-        return self.second(x)
-
-
-def test_control_flow_of_the_models_own_forward_is_refused_with_the_line_and_both_ways_out() -> (
-    None
-):
-    line = Branching.forward.__code__.co_firstlineno + 2
-    with pytest.raises(
-        ModelCaptureError, match=rf"line {line}, in forward.*submodule.*a list of modules"
-    ):
-        FDGRunner(Branching(), ["cpu", "cpu"], split_points=["second"]).fit(data_of(2))
-
-
-def test_inputs_that_do_not_fit() -> None:
-    model, data = Residual(), data_of(3)
-    with pytest.raises(ModelCaptureError, match=r"could not run on the sample \(\(4, 5\) torch"):
-        FDGRunner(model, ["cpu", "cpu"], sample=torch.zeros(4, 5))
-    with pytest.raises(TypeError, match="the sample must be a tensor"):
-        FDGRunner(model, ["cpu", "cpu"], sample=[1, 2])
-    with pytest.raises(TypeError, match="a ModuleDict, has no forward"):
-        FDGRunner(nn.ModuleDict({"a": nn.Linear(2, 2)}), ["cpu"])
-    runner = residual(2)
-    with pytest.raises(ModelCaptureError, match=r"shape \(5, 7\), but .* captured for \(\*, 6\)"):
-        runner.fit([*data, (torch.randn(5, 7), data[0][1])])
-    runner.fit(data)  # again, behind the error
