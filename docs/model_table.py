@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -22,8 +23,8 @@ ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "capture.md"
 BEGIN, END = "<!-- models: begin (python -m docs.model_table) -->", "<!-- models: end -->"
 HEAD = """
-| model | pieces | cuts that one tensor crosses | crosses the middle cut | called as a whole |
-|---|---|---|---|---|
+| model | works | pieces | cuts that one tensor crosses | crosses the middle cut | called as a whole |
+|---|---|---|---|---|---|
 """
 
 
@@ -38,11 +39,21 @@ def table() -> str:
         model, sample = gpt(tied=True) if name == "gpt, tied head" else made(name)
         chain = capture(model, sample)
         single = sum(len(chain.crossing(cut)) == 1 for cut in chain.allowed_cuts())
-        crossing = ", ".join(map(_shown, chain.crossing(len(chain) // 2)))
+        works = (
+            "yes" if len(chain) > 1 else f"not cut: {_without_places(chain.what_forbids_cuts())}"
+        )
+        crossing = (
+            ", ".join(map(_shown, chain.crossing(len(chain) // 2))) if len(chain) > 1 else "-"
+        )
         kinds = Counter(type(model.get_submodule(path)).__name__ for path in chain.whole)
         whole = ", ".join(f"{count} {kind}" for kind, count in kinds.items()) or "-"
-        rows.append(f"| {name} | {len(chain)} | {single} | {crossing} | {whole} |")
+        rows.append(f"| {name} | {works} | {len(chain)} | {single} | {crossing} | {whole} |")
     return HEAD + "\n".join(rows) + "\n\n"
+
+
+def _without_places(reason: str) -> str:
+    """Files are elsewhere on every machine."""
+    return re.sub(r' \(File "[^"]*", line \d+, in \w+\)', "", reason)
 
 
 def _shown(crossing: Crossing) -> str:
