@@ -127,9 +127,8 @@ class InputForm:
         if not isinstance(leaf, Tensor) or shape is None:
             if isinstance(leaf, Tensor) or shape is not None or leaf != self.plains[index]:
                 raise ModelCaptureError(
-                    f"leaf {index} of the input is {_brief(leaf)}, but was {self._sample(index)} in the "
-                    f"sample the model was captured with. What differs from batch to batch must be a "
-                    f"tensor."
+                    f"{self._place(index)} is {_brief(leaf)}, but was {self._sample(index)} in the "
+                    f"sample the model was captured with. What differs between batches must be a tensor."
                 )
             return
         if len(shape) != leaf.ndim or any(
@@ -138,10 +137,20 @@ class InputForm:
         ):
             free = ["*" if (index, d) in self.free else str(n) for d, n in enumerate(shape)]
             raise ModelCaptureError(
-                f"tensor {index} of the input has shape {tuple(leaf.shape)}, but the model was captured "
+                f"{self._place(index)} has shape {tuple(leaf.shape)}, but the model was captured "
                 f"for ({', '.join(free)}) and would run other code, or fail, for other sizes. Pad "
                 f"or resize the batches, or capture with such a sample."
             )
+
+    def _place(self, index: int) -> str:
+        """For people."""
+        if len(self.plains) == 1:
+            return "the input"
+        positional, keywords = pytree.tree_unflatten(list(range(len(self.plains))), self.spec)
+        for name, value in [*enumerate(positional), *keywords.items()]:
+            if value == index:
+                return f"input {name!r}"
+        return f"leaf {index} of the input"
 
     def _sample(self, index: int) -> str:
         shape = self.shapes[index]

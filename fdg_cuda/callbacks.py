@@ -111,6 +111,11 @@ class FunctionCallback(Callback):
             self._on_epoch(result)
 
 
+def with_state(callbacks: Sequence[Callback]) -> list[Callback]:
+    """Those that a checkpoint keeps something of."""
+    return [each for each in callbacks if type(each).state_dict is not Callback.state_dict]
+
+
 def measures_of(callbacks: Sequence[Callback]) -> UpdateMeasures | None:
     """What ``callbacks`` want to be measured.
 

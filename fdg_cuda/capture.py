@@ -126,7 +126,14 @@ def _followed(
                     whole, trace, "its forward differs between training and evaluation mode"
                 )
                 continue
-            parted = differences(training, _record(model, more, opaque, training=True))
+            try:
+                other = _record(model, more, opaque, training=True)
+            except Blocked:
+                raise
+            except Exception as error:  # whatever the model says to a number it cannot take
+                logger.info("the model takes no other number of samples: %s", error)
+                return trace, training, whole
+            parted = differences(training, other)
         except Blocked as blocked:
             if blocked.final:
                 raise ModelCaptureError(_said(blocked.reason, blocked.place)) from None

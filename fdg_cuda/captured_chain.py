@@ -76,7 +76,8 @@ class CapturedChain(ModelChain):
         count = len(self._graph)
         if count < stages:
             raise ModelCaptureError(
-                f"the model can be cut into {count} pieces at most, too few for {stages} stages: "
+                f"the model can be cut into {count} piece{'s' if count > 1 else ''} at most, too few "
+                f"for {stages} stages: "
                 f"{self._graph.what_forbids_cuts() or 'its forward makes no more calls'}"
             )
 

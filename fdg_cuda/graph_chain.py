@@ -146,7 +146,7 @@ class GraphChain:
                     if self.cut_at(path) == cut:
                         return path
         if call.name in named:
-            return f"{call.name}, used again"
+            return call.name if cut == 0 else f"{call.name}, used again"
         return f"{call.name} in {call.stack[-1] or 'the model'}"
 
     def crossing(self, cut: int) -> list[Crossing]:

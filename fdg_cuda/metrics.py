@@ -146,8 +146,14 @@ def cross_entropy(output: Tensor, target: Tensor) -> Tensor:
     """``torch.nn.functional.cross_entropy``, the default loss.
 
     Raises:
+        TypeError: output or target is not one tensor.
         ValueError: the output has one column, of which the cross entropy is always 0.
     """
+    if not (isinstance(output, Tensor) and isinstance(target, Tensor)):
+        raise TypeError(
+            f"the default loss is the cross entropy of one tensor and its labels; here the model's "
+            f"output is a {type(output).__name__}, the target a {type(target).__name__}. Give loss_fn="
+        )
     if output.ndim > 1 and output.shape[1] == 1:
         raise ValueError(
             f"the model's output has shape {tuple(output.shape)}, one class, whose cross entropy (the "

@@ -32,6 +32,14 @@ class Places:
         """Whether more stages have less of the processor each."""
         return self.hardware is None and self.here[0].type == "cpu"
 
+    @property
+    def fastest_speed(self) -> float:
+        """Of the fastest device that is described, in times the first one's."""
+        if self.hardware is None:
+            return 1.0
+        speeds = [device.speed for device in self.hardware.devices]
+        return max(speeds) / speeds[0]
+
 
 def find_places(
     devices: Sequence[Device] | None, hardware: Hardware | str | os.PathLike[str] | None

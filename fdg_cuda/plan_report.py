@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 TABLE, PICTURE = "plan.json", "plan.png"
+MOST_STAGES_OF_THE_PAPERS = 4
+WIDTH = 140  # of tables as text
 UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
@@ -35,7 +38,7 @@ def renderables(plan: Plan) -> Iterator[RenderableType]:
             table.add_row(str(row.stages), "none fits")
             continue
         table.add_row(
-            f"[bold]{row.stages}[/bold]" if choice is plan.recommended else str(row.stages),
+            f"> {row.stages}" if choice is plan.recommended else str(row.stages),
             choice.mode,
             f"{1e3 * choice.tick_seconds:.3g}",
             times(plan.speed_up(choice.tick_seconds)),
@@ -48,13 +51,32 @@ def renderables(plan: Plan) -> Iterator[RenderableType]:
             ", ".join(stage.begins_at for stage in choice.stages[1:]),
         )
     yield table
-    yield "memory, sent: of the stage with most; sent per batch, up and down"
+    yield "> recommended; memory, sent: of the stage with most; sent per batch, up and down"
     for row in plan.rows:
         if row.choice is None:
             yield f"K = {row.stages}: {row.why_not}"
     if plan.recommended is not None:
         yield stages_table(plan.recommended)
         yield f"recommended: {call(plan.recommended)}"
+        delay = 2 * (len(plan.recommended.stages) - 1)
+        if len(plan.recommended.stages) > MOST_STAGES_OF_THE_PAPERS:
+            yield (
+                f"The first stage's gradients are {delay} batches old then; the papers go to "
+                f"{MOST_STAGES_OF_THE_PAPERS} stages, and what more do to learning is for you to try."
+            )
+    if plan.doubt:
+        yield f"WARNING: {plan.doubt}"
+
+
+def as_text(plan: Plan) -> str:
+    """What the command line prints."""
+    from rich.console import Console
+
+    text = StringIO()
+    console = Console(file=text, width=WIDTH, highlight=False, markup=False)
+    for renderable in renderables(plan):
+        console.print(renderable)
+    return text.getvalue()
 
 
 def stages_table(choice: Choice) -> Any:

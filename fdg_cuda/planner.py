@@ -27,7 +27,16 @@ from fdg_cuda.update_time import update_seconds_per_byte
 
 STEADY_TICKS = 24  # simulated behind the fill
 WINDOW_TICKS = 12  # of them drawn
+EVERY_K = 8  # up to so many stages every K is planned; then their doubles, and the last
 AS_GOOD = 1.02  # an earlier mode is taken unless a later one is faster by more
+
+
+def numbers_of_stages(most: int) -> list[int]:
+    """Those that are planned."""
+    numbers = list(range(1, min(most, EVERY_K) + 1))
+    while numbers[-1] < most:
+        numbers.append(min(2 * numbers[-1], most))
+    return numbers
 
 
 class Planner:
@@ -67,10 +76,11 @@ class Planner:
         why_not = min(refused, key=lambda error: error.shortage_bytes, default=None)
         return Row(stages, best, str(why_not) if best is None else "")
 
-    def bp_seconds(self) -> float:
-        """A step with BP on the first device."""
-        device = self._devices(1)[0]
-        return self._step_seconds(1) / device.speed
+    def bp_seconds(self, most: int) -> float:
+        """A step with BP on the first device; of a processor that ``most`` stages would share, with as
+        many of its cores as serve it best."""
+        numbers = numbers_of_stages(most) if self._places.share_cores else [1]
+        return min(map(self._step_seconds, numbers)) / self._devices(1)[0].speed
 
     def _choice(self, stages: int, mode: BackwardWeights) -> Choice:
         schedule = Schedule("fdg", stages)

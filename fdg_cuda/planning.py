@@ -22,12 +22,11 @@ from fdg_cuda.metrics import cross_entropy
 from fdg_cuda.nested import Nested, check_nested, sample_count, tensors
 from fdg_cuda.pipeline import LossFunction
 from fdg_cuda.plan_places import find_places
-from fdg_cuda.planner import Planner
+from fdg_cuda.planner import Planner, numbers_of_stages
 from fdg_cuda.plans import Choice, Plan, Row
 from fdg_cuda.precision import parse_precision
 from fdg_cuda.staged_model import chain_of
 
-EVERY_K = 8  # up to so many stages every K is planned; then their doubles, and the last
 WORTH_A_STAGE = 1.05  # fewer stages are recommended unless more are faster by more, for each
 
 
@@ -82,22 +81,15 @@ def plan(
         for stages in numbers_of_stages(most):
             on_progress(f"planning {stages} stage{'s' if stages > 1 else ''}")
             rows.append(planner.row(stages, modes))
-        bp_seconds = planner.bp_seconds()
+        bp_seconds = planner.bp_seconds(most)
     return Plan(
         rows=tuple(rows),
         recommended=_recommended(rows),
         bp_seconds=bp_seconds,
         batch_size=sample_count(sample),
         layers=len(chain.layers),
+        fastest_speed=places.fastest_speed,
     )
-
-
-def numbers_of_stages(most: int) -> list[int]:
-    """Those that are planned."""
-    numbers = list(range(1, min(most, EVERY_K) + 1))
-    while numbers[-1] < most:
-        numbers.append(min(2 * numbers[-1], most))
-    return numbers
 
 
 def _recommended(rows: Sequence[Row]) -> Choice | None:

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from fdg_cuda.timeline import Timeline
 
+# Times the number of stages: beyond it is no cache effect any more.
+MOST_SPEED_UP = 1.25
+
 
 @dataclass(frozen=True)
 class StagePlan:
@@ -69,9 +72,11 @@ class Plan:
     Attributes:
         rows: by the number of stages.
         recommended: the fastest choice whose stages are all worth having; None if nothing fits.
-        bp_seconds: of a training step with BP on the first device, all of it, if it had the memory.
+        bp_seconds: of a training step with BP on the first device, if it had the memory; on CPU devices
+            with as many of the cores as serve it best.
         batch_size: samples per batch.
         layers: how many the model was measured as.
+        fastest_speed: of the fastest device, in times the first one's.
     """
 
     rows: tuple[Row, ...]
@@ -79,7 +84,27 @@ class Plan:
     bp_seconds: float
     batch_size: int
     layers: int
+    fastest_speed: float = 1.0
+
+    def __str__(self) -> str:
+        """The tables, as the command line prints them."""
+        from fdg_cuda.plan_report import as_text
+
+        return as_text(self)
 
     def speed_up(self, seconds: float) -> float:
         """Of so many seconds per batch over BP on the first device."""
         return self.bp_seconds / seconds
+
+    @property
+    def doubt(self) -> str:
+        """Why the figures cannot be right, if they cannot; empty if they may."""
+        for row in self.rows:
+            most = MOST_SPEED_UP * row.stages * self.fastest_speed
+            reached = 0.0 if row.choice is None else self.speed_up(row.choice.tick_seconds)
+            if reached > most:
+                return (
+                    f"{row.stages} stages cannot be {reached:.1f} times as fast as one: something else kept this machine busy while layers were measured. "
+                    f"Plan again when it is quiet."
+                )
+        return ""

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fdg_cuda.callbacks import Callback
+from fdg_cuda.callbacks import Callback, with_state
 from fdg_cuda.data_state import DataState
 from fdg_cuda.epoch import RunningEpoch
 from fdg_cuda.errors import CheckpointError
@@ -193,7 +193,7 @@ class TrainingState:
                         callback.state_dict(), f"the state of callback {type(callback).__name__}"
                     ),
                 }
-                for callback in parts.callbacks
+                for callback in with_state(parts.callbacks)
             ],
         }
 
@@ -209,7 +209,8 @@ class TrainingState:
         Raises:
             CheckpointError: one of them refuses it.
         """
-        for callback, kept in zip(self._parts.callbacks, state["callbacks"], strict=False):
+        callbacks = with_state(self._parts.callbacks)
+        for callback, kept in zip(callbacks, state["callbacks"], strict=False):
             if kept["kind"] == type(callback).__name__:
                 callback.check_state(from_plain(kept["state"]))
 
@@ -245,7 +246,7 @@ class TrainingState:
             parts.loss_scale.load_state_dict(state["loss_scale"])
         if parts.lr_scheduler is not None:
             parts.lr_scheduler.load_state_dict(from_plain(state["lr_scheduler"]["state"]))
-        for callback, kept in zip(parts.callbacks, state["callbacks"], strict=True):
+        for callback, kept in zip(with_state(parts.callbacks), state["callbacks"], strict=True):
             callback.load_state_dict(from_plain(kept["state"]))
         parts.history.batch_losses.extend(tensors["losses"].tolist())
         parts.history.epochs.extend(
@@ -322,11 +323,12 @@ class TrainingState:
                 f"{ours or 'None'}; give the same"
             )
         theirs_all = [callback["kind"] for callback in state["callbacks"]]
-        ours_all = [type(callback).__name__ for callback in parts.callbacks]
+        ours_all = [type(callback).__name__ for callback in with_state(parts.callbacks)]
         if theirs_all != ours_all:
             raise CheckpointError(
-                f"it was written with callbacks {', '.join(theirs_all)}, but this fit has "
-                f"{', '.join(ours_all)}; give the same, in the same order"
+                f"of callbacks that have a state it was written with "
+                f"{', '.join(theirs_all) or 'none'}, but this fit has {', '.join(ours_all) or 'none'}; "
+                f"give the same, in the same order"
             )
 
 

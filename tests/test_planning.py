@@ -15,7 +15,7 @@ from fdg_cuda import FDGRunner, Plan, plan, planner
 from fdg_cuda.costs import LayerCost
 from fdg_cuda.hardware import DeviceSpec, Link
 from fdg_cuda.hardware_file import Hardware
-from fdg_cuda.planning import numbers_of_stages
+from fdg_cuda.planner import numbers_of_stages
 
 MEGA = 1_000_000
 # Eight equal layers: 10 ms forward, 20 ms backward, hops of 4 MB, 8 MB kept for the backward.
