@@ -66,10 +66,10 @@ def capture(model: nn.Module, sample: Nested) -> GraphChain:
         if few is not None:
             try:
                 chain = _captured(model, few)
-                _run_whole(chain, sample)
+                _verify(chain, sample, modes=(True,))
                 return chain
             except Exception as error:  # which matters only if all samples meet it too
-                logger.debug("captured with all samples, since with %d: %s", _FEW, error)
+                logger.info("captured with all samples, since with %d of them: %s", _FEW, error)
         return _captured(model, sample)
 
 
@@ -81,17 +81,6 @@ def _few_of(sample: Nested) -> Nested | None:
     if count <= _FEW or _FEW in firsts:
         return None
     return map_tensors(lambda t: t[:_FEW] if t.ndim and len(t) == count else t, sample)
-
-
-def _run_whole(chain: GraphChain, sample: Nested) -> None:
-    """Raises:
-    ModelCaptureError: code that asks for the number of samples answers otherwise for so many.
-    """
-    (whole,) = chain.stages([])
-    for module in chain.model.modules():
-        module.training = True
-    with torch.no_grad():
-        whole(cloned(sample))
 
 
 def _captured(model: nn.Module, sample: Nested) -> GraphChain:
@@ -236,8 +225,8 @@ def _warm_up(model: nn.Module, form: InputForm, sample: Nested) -> None:
         ) from error
 
 
-def _verify(chain: GraphChain, sample: Nested) -> None:
-    """The chain computes what the model does.
+def _verify(chain: GraphChain, sample: Nested, modes: Sequence[bool] = (True, False)) -> None:
+    """The chain computes what the model does, in training mode (True) and evaluation mode.
 
     Raises:
         ModelCaptureError: it does not.
@@ -246,7 +235,7 @@ def _verify(chain: GraphChain, sample: Nested) -> None:
     (whole,) = chain.stages([])
     buffers = SavedBuffers([model])
     seed = torch.random.get_rng_state()
-    for training in (True, False):
+    for training in modes:
         for module in model.modules():
             module.training = training
         results = []

@@ -169,6 +169,10 @@ class CudaMachine(Machine):
                 "the CPU; give split=[...] if the cut turns out unbalanced",
                 ordinal,
             )
+        self.measured_elsewhere = (
+            f"layers were measured on the CPU, since the whole model does not fit on CUDA device "
+            f"{ordinal}: seconds are the CPU's, and hops and updates weigh too little beside them"
+        )
         accelerator().release()
         for layer in layers:
             layer.to("cpu")

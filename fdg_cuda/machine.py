@@ -57,6 +57,8 @@ class Machine(ABC):
         self.mode = mode
         self.rule = rule
         self.precision = precision
+        # What to say if `layer_costs` had to measure on another device than the stages'.
+        self.measured_elsewhere = ""
 
     @abstractmethod
     def make_stages(self, parts: Sequence[Sequence[nn.Module]]) -> Sequence[Stage]:

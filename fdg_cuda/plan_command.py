@@ -50,6 +50,8 @@ def make_plan(options: PlanOptions, console: Console) -> Plan:
     Raises:
         ValueError, TypeError, OSError: options that cannot work.
     """
+    if options.hardware is not None and not options.hardware.is_file():
+        raise ValueError(f"--hardware names {options.hardware}, and there is no such file")
     model = find_model(options.model, shape=options.shape, classes=options.classes)
     sample = torch.randn(options.batch_size, *options.shape)
     target = torch.randint(0, options.classes, (options.batch_size,))

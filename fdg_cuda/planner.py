@@ -40,7 +40,11 @@ def numbers_of_stages(most: int) -> list[int]:
 
 
 class Planner:
-    """Measures what it needs, once."""
+    """Measures what it needs, once.
+
+    Attributes:
+        note: where layers could not be measured where they should have been; else empty.
+    """
 
     def __init__(
         self,
@@ -55,6 +59,7 @@ class Planner:
         self._loss = loss
         self._places = places
         self._precision = precision
+        self.note = ""
         self._update: dict[int, float] = {}  # [threads] seconds per byte
 
     def row(self, stages: int, modes: Sequence[BackwardWeights]) -> Row:
@@ -100,7 +105,7 @@ class Planner:
             ddg_seconds=self._simulated("ddg", times, mode).tick_seconds,
             data_parallel_seconds=self._data_parallel(stages, devices, links),
             data_parallel_fits=all(
-                device.memory_bytes is None or device.memory_bytes >= self._whole_bytes(costs)
+                device.memory_bytes is None or device.memory_bytes >= self._replica_bytes(costs)
                 for device in devices
             ),
             timeline=replay.timeline,
@@ -174,10 +179,12 @@ class Planner:
         return step / stages
 
     @staticmethod
-    def _whole_bytes(costs: Sequence[LayerCost]) -> int:
-        """Of a replica of the whole model."""
+    def _replica_bytes(costs: Sequence[LayerCost]) -> int:
+        """Of the whole model under data parallelism, which needs no snapshot, and no more gradients than
+        there are weights."""
         holding = Holding.of(Schedule("bp", 1), BackwardWeights.STASH, 0)
-        return stage_memory(costs, None, holding).total
+        whole = stage_memory(costs, None, holding)
+        return whole.total - whole.snapshot - whole.gradients + whole.weights
 
     def _step_seconds(self, stages: int) -> float:
         """Of the whole model on one of ``stages`` devices, at speed 1."""
@@ -191,11 +198,17 @@ class Planner:
     def _costs(self, stages: int) -> list[LayerCost]:
         machine = self._machine(stages if self._places.share_cores else 1)
         # Remembered by it.
-        return machine.layer_costs(self._chain.layers, self._batch, self._loss)
+        costs = machine.layer_costs(self._chain.layers, self._batch, self._loss)
+        self.note = self.note or machine.measured_elsewhere
+        return costs
 
     def _devices(self, stages: int) -> list[DeviceSpec]:
         if self._places.hardware is not None:
             return list(self._places.hardware.devices[:stages])
+        if self._places.share_cores:
+            # More stages than cores take turns on them.
+            speed = min(1.0, share_of_cores(None, 1) / stages)
+            return [DeviceSpec("cpu", speed=speed)] * stages
         machine = self._machine(stages)
         return machine.device_specs(self._chain.layers, self._batch, self._loss)
 

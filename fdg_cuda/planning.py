@@ -8,7 +8,8 @@ time that copies take (:mod:`fdg_cuda.simulation`).
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +20,14 @@ from fdg_cuda.devices import Device
 from fdg_cuda.hardware_file import Hardware
 from fdg_cuda.layer_times import anew
 from fdg_cuda.metrics import cross_entropy
+from fdg_cuda.model_chain import ModelChain
 from fdg_cuda.nested import Nested, check_nested, sample_count, tensors
 from fdg_cuda.pipeline import LossFunction
 from fdg_cuda.plan_places import find_places
 from fdg_cuda.planner import Planner, numbers_of_stages
 from fdg_cuda.plans import Choice, Plan, Row
 from fdg_cuda.precision import parse_precision
-from fdg_cuda.staged_model import chain_of
+from fdg_cuda.staged_model import chain_of, lay_out
 
 WORTH_A_STAGE = 1.05  # fewer stages are recommended unless more are faster by more, for each
 
@@ -71,13 +73,14 @@ def plan(
     places = find_places(devices, hardware)
     modes = _modes(backward_weights)
     chain = chain_of(model)
-    on_progress("running the model on the sample")
-    chain.lay_out(sample)
+    parsed = parse_precision(precision, chain.model)
     batch, loss = _batch(sample, target, loss_fn)
-    planner = Planner(chain, batch, loss, places, parse_precision(precision, chain.model))
-    most = min(len(places.devices), len(chain.layers))
-    rows = []
-    with anew():
+    with anew(), _as_trained(chain):
+        on_progress("running the model on the sample")
+        lay_out(chain, sample, parsed)
+        planner = Planner(chain, batch, loss, places, parsed)
+        most = min(len(places.devices), len(chain.layers))
+        rows = []
         for stages in numbers_of_stages(most):
             on_progress(f"planning {stages} stage{'s' if stages > 1 else ''}")
             rows.append(planner.row(stages, modes))
@@ -89,6 +92,7 @@ def plan(
         batch_size=sample_count(sample),
         layers=len(chain.layers),
         fastest_speed=places.fastest_speed,
+        note=planner.note,
     )
 
 
@@ -105,6 +109,19 @@ def _recommended(rows: Sequence[Row]) -> Choice | None:
         if best.tick_seconds > choice.tick_seconds * WORTH_A_STAGE**more:
             best = choice
     return best
+
+
+@contextmanager
+def _as_trained(chain: ModelChain) -> Iterator[None]:
+    """In training mode, as ``fit`` would put it, if the model is in evaluation mode as a whole."""
+    modes = [(module, module.training) for module in chain.model.modules()]
+    try:
+        if not chain.is_training:
+            chain.model.train()
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def _modes(only: str | None) -> list[BackwardWeights]:

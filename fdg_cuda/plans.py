@@ -77,6 +77,7 @@ class Plan:
         batch_size: samples per batch.
         layers: how many the model was measured as.
         fastest_speed: of the fastest device, in times the first one's.
+        note: where layers could not be measured where they should have been; else empty.
     """
 
     rows: tuple[Row, ...]
@@ -85,6 +86,7 @@ class Plan:
     batch_size: int
     layers: int
     fastest_speed: float = 1.0
+    note: str = ""
 
     def __str__(self) -> str:
         """The tables, as the command line prints them."""
@@ -99,12 +101,14 @@ class Plan:
     @property
     def doubt(self) -> str:
         """Why the figures cannot be right, if they cannot; empty if they may."""
+        if self.note:
+            return self.note
         for row in self.rows:
             most = MOST_SPEED_UP * row.stages * self.fastest_speed
             reached = 0.0 if row.choice is None else self.speed_up(row.choice.tick_seconds)
             if reached > most:
                 return (
-                    f"{row.stages} stages cannot be {reached:.1f} times as fast as one: something else kept this machine busy while layers were measured. "
-                    f"Plan again when it is quiet."
+                    f"{row.stages} stages cannot be {reached:.1f} times as fast as one: something else "
+                    f"kept this machine busy while layers were measured. Plan again when it is quiet."
                 )
         return ""

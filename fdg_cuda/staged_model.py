@@ -18,6 +18,7 @@ from fdg_cuda.machine import Machine
 from fdg_cuda.model_chain import ModelChain
 from fdg_cuda.nested import Nested
 from fdg_cuda.pipeline import LossFunction
+from fdg_cuda.precision import Precision
 from fdg_cuda.split import check_cuts
 from fdg_cuda.stage import Stage
 
@@ -52,6 +53,18 @@ def chain_of(model: Model) -> ModelChain:
     if isinstance(model, nn.Sequential) and type(model).forward is nn.Sequential.forward:
         return LayerChain(model)
     return CapturedChain(model)
+
+
+def lay_out(chain: ModelChain, sample: Nested, precision: Precision) -> None:
+    """Find the layers of ``chain`` on a batch's input.
+
+    Raises:
+        TypeError, ModelCaptureError: see :meth:`ModelChain.lay_out`.
+    """
+    # As the stages will run: what the model's code sets otherwise inside is found by that.
+    device = next((p.device.type for p in chain.model.parameters()), "cpu")
+    with precision.autocast(device):
+        chain.lay_out(sample)
 
 
 class StagedModel:
@@ -120,10 +133,7 @@ class StagedModel:
         """
         if self.chain.is_laid_out:
             return
-        # As the stages will run: what the model's code sets otherwise inside is found by that.
-        device = next((p.device.type for p in self.chain.model.parameters()), "cpu")
-        with self._machine.precision.autocast(device):
-            self.chain.lay_out(sample)
+        lay_out(self.chain, sample, self._machine.precision)
         self._cut_as_wanted()
 
     def cut(self, batches: Batches, loss_fn: LossFunction, saver: Saver | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -105,10 +106,10 @@ class TestOfGivenCosts:
         assert modes[400 * MEGA] == "stash"
         assert modes[120 * MEGA] == "replay"
         assert "more than there is" in modes[20 * MEGA]
-        # A whole replica needs 124 MB.
+        # A whole replica needs 100 MB: weights, momentum, gradients, activations and the input.
         assert [
             row.choice.data_parallel_fits
-            for memory in (400 * MEGA, 100 * MEGA)
+            for memory in (104 * MEGA, 90 * MEGA)
             for row in plan_for(*devices(4, memory)).rows[3:]
             if row.choice
         ] == [True, False]
@@ -123,6 +124,32 @@ class TestOfGivenCosts:
         planned = plan_for(*devices(2), mode="replay")
         assert planned.rows[1].choice is not None
         assert planned.rows[1].choice.mode == "replay"
+
+
+@pytest.mark.usefixtures("given_costs")
+def test_more_stages_than_cores_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planner, "share_of_cores", lambda cores, stages: max(1, 2 // stages))
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(LAYERS)))
+    planned = plan(model, torch.randn(2, 4), ["cpu"] * 4)
+    ticks = [row.choice.tick_seconds for row in planned.rows if row.choice]
+    assert ticks[3] == pytest.approx(ticks[1])
+    assert planned.recommended is planned.rows[1].choice
+    assert not planned.doubt
+
+
+@pytest.mark.usefixtures("given_costs")
+def test_what_cannot_be_is_doubted(monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = replace(LAYER, forward=1.0)
+    monkeypatch.setattr(
+        planner.Planner, "_costs", lambda self, stages: [slow if stages == 1 else LAYER] * LAYERS
+    )
+    monkeypatch.setattr(planner, "share_of_cores", lambda cores, stages: 1)
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(LAYERS)))
+    assert not plan(model, torch.randn(2, 4), ["cpu"] * 2).doubt, "BP with half of the cores"
+    monkeypatch.setattr(planner.Planner, "bp_seconds", lambda self, most: 8.0)
+    planned = plan(model, torch.randn(2, 4), ["cpu"] * 2)
+    assert "cannot be" in planned.doubt
+    assert planned.doubt in " ".join(str(planned).split())
 
 
 def test_numbers_of_stages() -> None:
@@ -145,7 +172,7 @@ class Net(nn.Module):
 
 @pytest.mark.parametrize("with_target", [False, True])
 def test_a_model_is_planned_and_left_alone(one_torch_thread: None, with_target: bool) -> None:
-    model, x = Net(), torch.randn(32, 16)
+    model, x = Net().eval(), torch.randn(32, 16)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     target = torch.randint(0, 8, (32,)) if with_target else None
     state = torch.get_rng_state()
@@ -153,6 +180,7 @@ def test_a_model_is_planned_and_left_alone(one_torch_thread: None, with_target: 
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
+    assert not model.norm.training
     assert [row.stages for row in planned.rows] == [1, 2]
     for row in planned.rows:
         assert row.choice is not None
@@ -200,7 +228,7 @@ def test_the_command_prints_draws_and_writes(
         ("--model math:sqrt", "--model: math:sqrt failed: TypeError"),
         ("--model builtins:dict", "must return an nn.Module; got a dict"),
         ("--image 3,32", "--image takes channels, height and width"),
-        ("--hardware none.toml", "none.toml"),
+        ("--hardware none.toml", "--hardware names none.toml, and there is no such file"),
         ("--precision float8", "precision"),
     ],
 )
