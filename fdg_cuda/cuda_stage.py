@@ -176,10 +176,6 @@ class CudaStage(Stage):
         return self._below is None
 
     @property
-    def is_last(self) -> bool:
-        return self.above is None
-
-    @property
     def lane(self) -> Lane:
         """The compute stream, as torch knows it."""
         return self.fit.lanes[CudaLayout.compute(self.index)]
@@ -331,10 +327,6 @@ class CudaStage(Stage):
         self.mail.output_words[slot] = sent.data_ptr()
         self.above.mail.inbox.expect(batch % INBOX_HALVES, parcel)
         self._tell_if_regular(batch, parcel)
-
-    def _tell_overlapping(self, numbers: frozenset[int]) -> None:
-        assert self.above is not None
-        self.above.guard.overlapping = numbers
 
     def _tell_if_regular(self, batch: int, parcel: Parcel) -> None:
         """Stages above replay graphs only for what looks as it did when they were captured."""

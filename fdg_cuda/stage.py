@@ -99,7 +99,13 @@ class Stage(ABC):
         self._own_memory: frozenset[int] | None = None  # of weights and buffers, in this segment
         self._leaves_checked = False
         self._first_batch = 0
+        self.above: Stage | None = None  # set by the machine
         self.loss: LossOfBatch | None = None  # of the last stage, set by the pipeline
+
+    @property
+    def is_last(self) -> bool:
+        """Whether no stage is above this one."""
+        return self.above is None
 
     # -- on the caller's thread, with nothing running ------------------------------------------
 
@@ -222,11 +228,6 @@ class Stage(ABC):
     def is_first(self) -> bool:
         """Whether no stage is below this one."""
 
-    @property
-    @abstractmethod
-    def is_last(self) -> bool:
-        """Whether no stage is above this one."""
-
     @abstractmethod
     def _take_input(self, batch: int) -> Nested:
         """What the stage below sent, leaves of this stage's graph; or what entered."""
@@ -238,10 +239,6 @@ class Stage(ABC):
     @abstractmethod
     def _pass_up(self, slot: int, batch: int, output: Nested) -> None:
         """Make ``output``, leaves for the stage above, ready to be sent."""
-
-    @abstractmethod
-    def _tell_overlapping(self, numbers: frozenset[int]) -> None:
-        """Tell the guard of the stage above which tensors of what it gets are overlapping."""
 
     @abstractmethod
     def _update_natively(self, source: int, copy: int, row: int, batch: int) -> None:
@@ -303,7 +300,8 @@ class Stage(ABC):
             weights = (leaf for copy in self.memory.leaves for leaf in copy)
             buffers = (buffer for layer in self.layers for buffer in layer.buffers())
             self._own_memory = storages(weights) | storages(buffers)
-            self._tell_overlapping(overlapping(output))
+            assert self.above is not None
+            self.above.guard.overlapping = overlapping(output)
         return leaves_of(output, self._own_memory, replayed=self.replays)
 
     def _run_layers(self, leaf: Nested, batch: int) -> Nested:
