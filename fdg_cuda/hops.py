@@ -7,6 +7,7 @@ is in the order of :func:`fdg_cuda.nested.distinct`: a tensor that stands in it 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import combinations, product
 
 import torch
 from torch import Tensor
@@ -15,6 +16,9 @@ from fdg_cuda.nested import Nested, distinct, map_distinct
 
 # The error signal of each tensor of a hop; None where the loss does not depend on it.
 Errors = Sequence[Tensor | None]
+
+# Numbers of two tensors of a hop, the lower one first.
+Pairs = frozenset[tuple[int, int]]
 
 
 def leaves_of(output: Nested, own: frozenset[int], *, replayed: bool) -> Nested:
@@ -76,18 +80,29 @@ def storages(found: Iterable[Tensor]) -> frozenset[int]:
     return frozenset(map(_storage, found)) - {0}
 
 
-def overlapping(hop: Nested) -> frozenset[int]:
-    """Which tensors of ``hop`` lie in memory in which another of its tensors lies too, by number."""
+def overlapping(hop: Nested, taken: Sequence[Tensor] = (), known: Pairs = frozenset()) -> Pairs:
+    """Which tensors of ``hop`` lie in memory in which another of them lies too, here or where they come
+    from.
+
+    Args:
+        taken: what the sender's layers took in: copies of their own, perhaps.
+        known: which of those overlap where they come from.
+    """
     spans = [_span(tensor) for tensor in distinct(hop)]
+    sources = [_span(tensor) for tensor in taken]
+    origins = [
+        [number for number, source in enumerate(sources) if _meet(span, source)] for span in spans
+    ]
     return frozenset(
-        number
-        for number, (begin, end) in enumerate(spans)
-        if any(
-            begin < other_end and other_begin < end
-            for other, (other_begin, other_end) in enumerate(spans)
-            if other != number
-        )
+        (one, other)
+        for one, other in combinations(range(len(spans)), 2)
+        if _meet(spans[one], spans[other])
+        or any((min(pair), max(pair)) in known for pair in product(origins[one], origins[other]))
     )
+
+
+def _meet(one: tuple[int, int], other: tuple[int, int]) -> bool:
+    return one[0] < other[1] and other[0] < one[1]
 
 
 def _storage(tensor: Tensor) -> int:

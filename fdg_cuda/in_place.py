@@ -2,25 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
 
 import torch
+from torch import Tensor
 
+from fdg_cuda.hops import Pairs
 from fdg_cuda.nested import Nested, distinct, map_distinct, repacked
+
+
+@dataclass(frozen=True)
+class Lent:
+    """An input as the layers get it.
+
+    Attributes:
+        value: in containers that they may change.
+        tensors: those in ``value``, whatever becomes of its containers.
+    """
+
+    value: Nested
+    tensors: Sequence[Tensor]
 
 
 class InputGuard:
     """Of stage ``index``. The first batch, which is copied, tells whether later ones have to be.
 
     Attributes:
-        overlapping: which tensors of the input lie in one another's memory where they come from, by
-            number. Written by the stage below, with its first batch.
+        overlapping: which tensors of the input lie in one another's memory where they come from.
+            Written by the stage below, with its first batch.
     """
 
     def __init__(self, index: int) -> None:
         self._index = index
-        self.overlapping: frozenset[int] = frozenset()
+        self.overlapping: Pairs = frozenset()
         self.forget()
 
     def forget(self) -> None:
@@ -28,8 +45,8 @@ class InputGuard:
         self._changes: bool | None = None
 
     @contextmanager
-    def lent(self, leaf: Nested, batch: int) -> Iterator[Nested]:
-        """``leaf``, the input of ``batch`` of the epoch, for the layers; in new containers.
+    def lent(self, leaf: Nested, batch: int) -> Iterator[Lent]:
+        """``leaf``, the input of ``batch`` of the epoch, for the layers.
 
         Raises:
             RuntimeError: they changed what must not be changed, or would change one of two tensors
@@ -37,15 +54,16 @@ class InputGuard:
         """
         unchanged = self._changes is False
         value = repacked(leaf) if unchanged else map_distinct(torch.clone, leaf)
-        probes = [(tensor, tensor._version) for tensor in distinct(value)]
-        yield value
-        changed = {n for n, (probe, version) in enumerate(probes) if probe._version != version}
+        lent = Lent(value, distinct(value))
+        versions = [tensor._version for tensor in lent.tensors]
+        yield lent
+        changed = {n for n, t in enumerate(lent.tensors) if t._version != versions[n]}
         if unchanged and changed:
             raise RuntimeError(
                 f"stage {self._index} changed its input in place at batch {batch} but not at the first "
                 f"batch; make its first layer work out of place (inplace=False)"
             )
-        if changed & self.overlapping:
+        if not changed.isdisjoint(chain.from_iterable(self.overlapping)):
             raise RuntimeError(
                 f"stage {self._index} changes a tensor in place that shares its memory with another "
                 f"one from stage {self._index - 1}, where the change would have to be seen too. Work "

@@ -22,7 +22,7 @@ from fdg_cuda.errors import AliasedParameterError, said_where
 from fdg_cuda.flat import FlatMemory
 from fdg_cuda.gradients import UpdateRule
 from fdg_cuda.hops import Errors, leaves_of, overlapping, reached, storages
-from fdg_cuda.in_place import InputGuard
+from fdg_cuda.in_place import InputGuard, Lent
 from fdg_cuda.layout import Step
 from fdg_cuda.nested import Nested, distinct
 from fdg_cuda.parameter_sites import ParameterSites, graph_leaves
@@ -287,28 +287,31 @@ class Stage(ABC):
         nothing)."""
         autocast = self.precision.autocast(self.device.type)
         with said_where(f"the forward of {self._named(batch)}"), autocast:
-            output = self._run_layers(leaf, batch)
+            output, lent = self._run_layers(leaf, batch)
         if not self.is_last:
-            return distinct(output), self._to_send(output)
+            return distinct(output), self._to_send(output, leaf, lent)
         assert self.loss is not None
         autocast = self.precision.autocast(self.device.type)
         with said_where(f"the loss of batch {self._first_batch + batch}"), autocast:
             return [self.loss(output, batch)], None
 
-    def _to_send(self, output: Nested) -> Nested:
+    def _to_send(self, output: Nested, leaf: Nested, lent: Lent) -> Nested:
         if self._own_memory is None:
             weights = (leaf for copy in self.memory.leaves for leaf in copy)
             buffers = (buffer for layer in self.layers for buffer in layer.buffers())
             self._own_memory = storages(weights) | storages(buffers)
             assert self.above is not None
-            self.above.guard.overlapping = overlapping(output)
+            # What the guard copied, or what was packed on its way, does not overlap any more.
+            known = self.guard.overlapping | overlapping(leaf)
+            self.above.guard.overlapping = overlapping(output, lent.tensors, known)
         return leaves_of(output, self._own_memory, replayed=self.replays)
 
-    def _run_layers(self, leaf: Nested, batch: int) -> Nested:
-        with self.guard.lent(leaf, self._first_batch + batch) as value:
+    def _run_layers(self, leaf: Nested, batch: int) -> tuple[Nested, Lent]:
+        with self.guard.lent(leaf, self._first_batch + batch) as lent:
+            value = lent.value
             for layer in self.layers:
                 value = layer(value)
-        return check_output(value, f"stage {self.index}")
+        return check_output(value, f"stage {self.index}"), lent
 
     def _backward(self, slot: int, copy: int, batch: int, row: int = 0) -> None:
         held = self._slots[slot]

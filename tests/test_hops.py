@@ -258,6 +258,23 @@ def test_a_view_cannot_be_changed_in_place_behind_a_cut() -> None:
         runner_of(model, 2, split=[2]).fit(batches(3))
 
 
+def test_a_view_that_was_handed_through_cannot_be_changed_in_place() -> None:
+    """With the first batch, which the stage in between works on copies of; what overlaps nothing can."""
+
+    def train(fan: Callable[[Tensor], Any]) -> None:
+        model = nn.Sequential(
+            nn.Sequential(nn.Linear(FEATURES, 5), Fan(fan)),
+            Fan(lambda hop: (hop[1], *hop)),
+            Fan(lambda hop: hop[0].mul_(2) + F.pad(hop[2], (0, 5 - hop[2].shape[1]))),
+            nn.Linear(5, CLASSES),
+        ).double()
+        runner_of(model, 3, split=[1, 2]).fit(batches(1))
+
+    train(lambda x: (x[:, :3].clone(), x))
+    with refused(RuntimeError, "stage 2", "from stage 1", "inplace=False"):
+        train(lambda x: (x[:, :3], x))
+
+
 def test_what_is_handed_through_is_changed_by_nobody() -> None:
     """Three stages hold it; the last works on it in place, those below still need it."""
 
