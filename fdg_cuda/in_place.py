@@ -1,4 +1,4 @@
-"""A stage's input belongs to others too: layers that change theirs in place get a copy."""
+"""A stage's input belongs to others too: layers, or a loss, that change it in place get a copy."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fdg_cuda.nested import Nested, distinct, map_distinct, repacked
 
 @dataclass(frozen=True)
 class Lent:
-    """An input as the layers get it.
+    """An input as the layers, and behind them the loss, get it.
 
     Attributes:
         value: in containers that they may change.
@@ -46,7 +46,7 @@ class InputGuard:
 
     @contextmanager
     def lent(self, leaf: Nested, batch: int) -> Iterator[Lent]:
-        """``leaf``, the input of ``batch`` of the epoch, for the layers.
+        """``leaf``, the input of ``batch`` of the epoch, for the layers and the loss.
 
         Raises:
             RuntimeError: they changed what must not be changed, or would change one of two tensors
@@ -61,7 +61,7 @@ class InputGuard:
         if unchanged and changed:
             raise RuntimeError(
                 f"stage {self._index} changed its input in place at batch {batch} but not at the first "
-                f"batch; make its first layer work out of place (inplace=False)"
+                f"batch; make its layers work out of place (inplace=False), and the loss too"
             )
         if not changed.isdisjoint(chain.from_iterable(self.overlapping)):
             raise RuntimeError(

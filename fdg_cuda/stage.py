@@ -285,15 +285,11 @@ class Stage(ABC):
     def _compute(self, leaf: Nested, batch: int) -> tuple[Sequence[Tensor], Nested]:
         """What a backward starts from (at the last stage the loss), and what goes up (from there
         nothing)."""
-        autocast = self.precision.autocast(self.device.type)
-        with said_where(f"the forward of {self._named(batch)}"), autocast:
-            output, lent = self._run_layers(leaf, batch)
-        if not self.is_last:
-            return distinct(output), self._to_send(output, leaf, lent)
-        assert self.loss is not None
-        autocast = self.precision.autocast(self.device.type)
-        with said_where(f"the loss of batch {self._first_batch + batch}"), autocast:
-            return [self.loss(output, batch)], None
+        with self.guard.lent(leaf, self._first_batch + batch) as lent:
+            output = self._run_layers(lent.value, batch)
+            if self.is_last:
+                return [self._loss_of(output, batch)], None
+        return distinct(output), self._to_send(output, leaf, lent)
 
     def _to_send(self, output: Nested, leaf: Nested, lent: Lent) -> Nested:
         if self._own_memory is None:
@@ -306,12 +302,18 @@ class Stage(ABC):
             self.above.guard.overlapping = overlapping(output, lent.tensors, known)
         return leaves_of(output, self._own_memory, replayed=self.replays)
 
-    def _run_layers(self, leaf: Nested, batch: int) -> tuple[Nested, Lent]:
-        with self.guard.lent(leaf, self._first_batch + batch) as lent:
-            value = lent.value
+    def _run_layers(self, value: Nested, batch: int) -> Nested:
+        autocast = self.precision.autocast(self.device.type)
+        with said_where(f"the forward of {self._named(batch)}"), autocast:
             for layer in self.layers:
                 value = layer(value)
-        return check_output(value, f"stage {self.index}"), lent
+            return check_output(value, f"stage {self.index}")
+
+    def _loss_of(self, output: Nested, batch: int) -> Tensor:
+        assert self.loss is not None
+        autocast = self.precision.autocast(self.device.type)
+        with said_where(f"the loss of batch {self._first_batch + batch}"), autocast:
+            return self.loss(output, batch)
 
     def _backward(self, slot: int, copy: int, batch: int, row: int = 0) -> None:
         held = self._slots[slot]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from captured_models import made
 from chains import CLASSES, FEATURES, Batch, batches, largest_difference, oracle, same_bits
-from hopping import FANS, LAYERS, Fan, Grow, Stateful, fanned, hopping, joined, own_names
+from hopping import FANS, LAYERS, Beside, Fan, Grow, Stateful, fanned, hopping, joined, own_names
 from refusals import refused
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -301,6 +301,29 @@ def test_what_is_handed_through_is_changed_by_nobody() -> None:
     for other in found[1:]:
         assert other[0] == found[0][0]
         assert same_bits(other[1], found[0][1])
+
+
+@pytest.mark.parametrize("weights", ["stash", "replay"])
+def test_a_loss_may_change_in_place_what_was_handed_through(weights: str) -> None:
+    """It is an input of the first stage's second forward."""
+
+    def loss(output: Any, target: Tensor) -> Tensor:
+        return F.cross_entropy(output[0], target)
+
+    def changing_loss(output: Any, target: Tensor) -> Tensor:
+        found = loss(output, target)
+        output[1].mul_(10)
+        return found
+
+    data = [((x[:, :5].clone(), x[:, 1:6].clone()), y) for x, y in batches(5)]
+    found = []
+    for loss_fn in (loss, changing_loss):
+        torch.manual_seed(0)
+        model = nn.Sequential(Beside(5), Beside(CLASSES)).double()
+        runner = runner_of(model, 2, split=[1], loss_fn=loss_fn, backward_weights=weights)
+        found.append((runner.fit(data).batch_losses, state(model)))
+    assert found[0][0] == found[1][0]
+    assert same_bits(found[0][1], found[1][1])
 
 
 @pytest.mark.parametrize("weights", ["stash", "current"])
