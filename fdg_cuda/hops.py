@@ -88,8 +88,8 @@ def overlapping(hop: Nested, taken: Sequence[Tensor] = (), known: Pairs = frozen
         taken: what the sender's layers took in: copies of their own, perhaps.
         known: which of those overlap where they come from.
     """
-    spans = [_span(tensor) for tensor in distinct(hop)]
-    sources = [_span(tensor) for tensor in taken]
+    spans = [span_of(tensor) for tensor in distinct(hop)]
+    sources = [span_of(tensor) for tensor in taken]
     origins = [
         [number for number, source in enumerate(sources) if _meet(span, source)] for span in spans
     ]
@@ -110,8 +110,8 @@ def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else 0
 
 
-def _span(tensor: Tensor) -> tuple[int, int]:
-    """Of the addresses of its elements."""
+def span_of(tensor: Tensor) -> tuple[int, int]:
+    """Of its elements: the first address, and the one behind the last."""
     if tensor.layout != torch.strided or tensor.numel() == 0:
         return 0, 0
     steps = zip(tensor.shape, tensor.stride(), strict=True)

@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 
-import torch
 from torch import Tensor
 
+from fdg_cuda.exact_copy import exact_copy
 from fdg_cuda.hops import Pairs
 from fdg_cuda.nested import Nested, distinct, map_distinct, repacked
 
@@ -53,7 +53,7 @@ class InputGuard:
                 that are the same memory, and not the other.
         """
         unchanged = self._changes is False
-        value = repacked(leaf) if unchanged else map_distinct(torch.clone, leaf)
+        value = repacked(leaf) if unchanged else map_distinct(exact_copy, leaf)
         lent = Lent(value, distinct(value))
         versions = [tensor._version for tensor in lent.tensors]
         yield lent

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from versions import TOLERANCE, runner_of, state
 
 from fdg_cuda.capture import capture
+from fdg_cuda.exact_copy import exact_copy
 from fdg_cuda.schedule import METHODS
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread", "seeded", "no_thread_left")
@@ -273,6 +274,46 @@ def test_a_view_that_was_handed_through_cannot_be_changed_in_place() -> None:
     train(lambda x: (x[:, :3].clone(), x))
     with refused(RuntimeError, "stage 2", "from stage 1", "inplace=False"):
         train(lambda x: (x[:, :3], x))
+
+
+@pytest.mark.parametrize("change", [False, True])
+def test_every_batch_lies_in_memory_as_it_was_made(change: bool) -> None:
+    """Whether it was copied or not: kernels may round otherwise where strides or alignment differ."""
+    seen = set()
+
+    def look(x: Tensor) -> Tensor:
+        seen.add((x.stride(), x.data_ptr() % 64))
+        return x.mul_(2) if change else x * 2
+
+    data = [(x.repeat(2, 1), y.repeat(2)) for x, y in batches(2)]
+    stages = nn.Linear(FEATURES, 15), Fan(lambda x: x[:, 5::2]), Fan(look), nn.Linear(5, CLASSES)
+    runner_of(nn.Sequential(*stages).double(), 2, split=[2]).fit(data)
+    assert seen == {((15, 2), 40)}
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda x: x[1:, ::2],
+        lambda x: x[:, 1:2].expand(-1, 3),
+        lambda x: x.t(),
+        lambda x: x.flatten()[3:],
+        lambda x: x.unfold(1, 2, 1),
+        lambda x: x[:0],
+        lambda x: torch.complex(x, x).conj()[1],
+        lambda x: x[2, 3],
+    ],
+)
+def test_exact_copies(view: Callable[[Tensor], Tensor]) -> None:
+    sources = [view(torch.arange(20.0).view(4, 5)).detach().requires_grad_() for _ in range(2)]
+    copies = [exact_copy(sources[0]), sources[1]]
+    assert torch.equal(*copies)
+    assert copies[0].stride() == copies[1].stride()
+    assert copies[0].data_ptr() % 64 == copies[1].data_ptr() % 64
+    assert copies[0].untyped_storage().data_ptr() != sources[0].untyped_storage().data_ptr()
+    for copy_ in copies:
+        (copy_.abs() * copy_.abs().detach()).sum().backward()
+    assert torch.equal(*(source.grad for source in sources))
 
 
 def test_what_is_handed_through_is_changed_by_nobody() -> None:
