@@ -6,7 +6,7 @@ is in the order of :func:`fdg_cuda.nested.distinct`: a tensor that stands in it 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import combinations, product
 
 import torch
@@ -21,7 +21,7 @@ Errors = Sequence[Tensor | None]
 Pairs = frozenset[tuple[int, int]]
 
 
-def leaves_of(output: Nested, own: frozenset[int], *, replayed: bool) -> Nested:
+def leaves_of(output: Nested, own: frozenset[int], wanting: Callable[[Tensor], bool]) -> Nested:
     """``output`` of a stage as the stage above takes it: leaves of its graph.
 
     Their memory is the sender's, which must not change it while the stages above, and those it is
@@ -29,13 +29,11 @@ def leaves_of(output: Nested, own: frozenset[int], *, replayed: bool) -> Nested:
 
     Args:
         own: the :func:`storages` of the sender's weights and buffers.
-        replayed: whether its forward ran without a graph, so that it is not known which tensors
-            depend on something trainable: all that can are taken to.
+        wanting: which of its tensors want a gradient.
     """
 
     def leaf(tensor: Tensor) -> Tensor:
-        sent = _not_of(own, tensor.detach())
-        return sent.requires_grad_(wants_gradient(tensor) if replayed else tensor.requires_grad)
+        return _not_of(own, tensor.detach()).requires_grad_(wanting(tensor))
 
     return map_distinct(leaf, output)
 

@@ -10,7 +10,7 @@ from itertools import chain
 from torch import Tensor
 
 from fdg_cuda.exact_copy import exact_copy
-from fdg_cuda.hops import Pairs
+from fdg_cuda.hops import Pairs, wants_gradient
 from fdg_cuda.nested import Nested, distinct, map_distinct, repacked
 
 
@@ -21,10 +21,30 @@ class Lent:
     Attributes:
         value: in containers that they may change.
         tensors: those in ``value``, whatever becomes of its containers.
+        sources: of each of them the leaf that it is, or is a copy of.
     """
 
     value: Nested
     tensors: Sequence[Tensor]
+    sources: Sequence[Tensor]
+    _versions: Sequence[int]
+
+    @classmethod
+    def of(cls, leaf: Nested, value: Nested) -> Lent:
+        found = distinct(value)
+        return cls(value, found, distinct(leaf), [tensor._version for tensor in found])
+
+    def changed(self) -> set[int]:
+        """The numbers of those that were changed in place."""
+        return {n for n, t in enumerate(self.tensors) if t._version != self._versions[n]}
+
+    def may_depend(self, tensor: Tensor) -> bool:
+        """Whether ``tensor``, which the layers computed without a graph, may depend on something
+        trainable: unless it is an input that does not, as it was."""
+        for number, one in enumerate(self.tensors):
+            if one is tensor and one._version == self._versions[number]:
+                return self.sources[number].requires_grad
+        return wants_gradient(tensor)
 
 
 class InputGuard:
@@ -54,10 +74,9 @@ class InputGuard:
         """
         unchanged = self._changes is False
         value = repacked(leaf) if unchanged else map_distinct(exact_copy, leaf)
-        lent = Lent(value, distinct(value))
-        versions = [tensor._version for tensor in lent.tensors]
+        lent = Lent.of(leaf, value)
         yield lent
-        changed = {n for n, t in enumerate(lent.tensors) if t._version != versions[n]}
+        changed = lent.changed()
         if unchanged and changed:
             raise RuntimeError(
                 f"stage {self._index} changed its input in place at batch {batch} but not at the first "

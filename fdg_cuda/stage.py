@@ -289,18 +289,19 @@ class Stage(ABC):
             output = self._run_layers(lent.value, batch)
             if self.is_last:
                 return [self._loss_of(output, batch)], None
-        return distinct(output), self._to_send(output, leaf, lent)
+        return distinct(output), self._to_send(output, lent)
 
-    def _to_send(self, output: Nested, leaf: Nested, lent: Lent) -> Nested:
+    def _to_send(self, output: Nested, lent: Lent) -> Nested:
         if self._own_memory is None:
             weights = (leaf for copy in self.memory.leaves for leaf in copy)
             buffers = (buffer for layer in self.layers for buffer in layer.buffers())
             self._own_memory = storages(weights) | storages(buffers)
             assert self.above is not None
             # What the guard copied, or what was packed on its way, does not overlap any more.
-            known = self.guard.overlapping | overlapping(leaf)
+            known = self.guard.overlapping | overlapping(lent.sources)
             self.above.guard.overlapping = overlapping(output, lent.tensors, known)
-        return leaves_of(output, self._own_memory, replayed=self.replays)
+        wanting = lent.may_depend if self.replays else _wants_gradient
+        return leaves_of(output, self._own_memory, wanting)
 
     def _run_layers(self, value: Nested, batch: int) -> Nested:
         autocast = self.precision.autocast(self.device.type)
@@ -390,3 +391,7 @@ class Stage(ABC):
                 f"would never be trained. Reach it through the module that registers it, in the same "
                 f"stage; keep lists of parameters in nn.ParameterList; or set requires_grad_(False)."
             )
+
+
+def _wants_gradient(tensor: Tensor) -> bool:
+    return tensor.requires_grad

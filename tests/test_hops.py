@@ -155,6 +155,31 @@ def test_what_wants_a_gradient(replay: bool) -> None:
     assert set(seen) == {(True, True, False, replay)}
 
 
+@pytest.mark.parametrize("change", [False, True])
+def test_what_enters_and_is_handed_through_wants_no_gradient_when_replayed(change: bool) -> None:
+    """In the first batch, which is copied, and later; unless what is trainable was written into it."""
+    seen = []
+
+    def look(hop: Any) -> Any:
+        if torch.is_grad_enabled():
+            seen.append(tuple(tensor.requires_grad for tensor in hop))
+        return hop
+
+    def scale(hop: Any) -> Any:
+        return hop[0], hop[1].mul_(hop[0]) if change else hop[1]
+
+    first = nn.Sequential(Beside(5), Fan(scale))
+    stages = first, nn.Sequential(Fan(look), Beside(5)), nn.Sequential(Fan(look), Beside(CLASSES))
+    data = [((x[:, :5], x[:, 1:6]), y) for x, y in batches(4)]
+
+    def loss(output: Any, target: Tensor) -> Tensor:
+        return F.cross_entropy(output[0], target)
+
+    model = nn.Sequential(*stages).double()
+    runner_of(model, 3, split=[1, 2], loss_fn=loss, backward_weights="replay").fit(data)
+    assert set(seen) == {(True, change)}
+
+
 # -- captured models ------------------------------------------------------------------------------
 
 
