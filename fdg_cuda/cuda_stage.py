@@ -32,7 +32,7 @@ from fdg_cuda.hops import Errors, take_gradients
 from fdg_cuda.layout import INBOX_HALVES, CudaLayout, Step, Transfer
 from fdg_cuda.mail import Inbox, Mailbox, Outbox, turns, word
 from fdg_cuda.metrics import correct_on_device
-from fdg_cuda.nested import Nested, distinct, map_distinct, repacked
+from fdg_cuda.nested import Nested, distinct, repacked
 from fdg_cuda.precision import Precision
 from fdg_cuda.randomness import RandomState
 from fdg_cuda.schedule import Kind
@@ -306,8 +306,7 @@ class CudaStage(Stage):
             return self.mail.inbox.copy(half, self.fit.inputs.form(batch))
         parcel = self.mail.inbox.parcel(half)
         assert parcel is not None, f"no activation of batch {batch} at stage {self.index}"
-        # Detached, since what was packed arrives as views of one tensor.
-        leaves = map_distinct(torch.detach, self.mail.inbox.copy(half, parcel.form))
+        leaves = self.mail.inbox.copy(half, parcel.form)
         for leaf, wanting in zip(distinct(leaves), parcel.wanting, strict=True):
             leaf.requires_grad_(wanting)
         return leaves
