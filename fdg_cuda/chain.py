@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fdg_cuda.nested import Nested, stranger_in, tensors
+from fdg_cuda.torch_facts import keeps_state
 
 TRAINABLE_DTYPES = (torch.float32, torch.float64)
 
@@ -87,7 +88,7 @@ def _share(one: Tensor, other: Tensor) -> bool:
 
 def check_shared(model: nn.Module, stages: Sequence[Sequence[nn.Module]]) -> None:
     """Raises:
-    ValueError: a parameter or buffer belongs to two stages.
+    ValueError: a parameter or buffer belongs to two stages, or a module that may keep state does.
     """
     names = {
         id(tensor): name
@@ -110,6 +111,24 @@ def check_shared(model: nn.Module, stages: Sequence[Sequence[nn.Module]]) -> Non
                         f"{number}, which would each train a copy of its own. Choose split so that "
                         f"the layers sharing it are in one stage, or give each its own parameter."
                     )
+    _check_shared_modules(model, stages)
+
+
+def _check_shared_modules(model: nn.Module, stages: Sequence[Sequence[nn.Module]]) -> None:
+    """What a forward leaves in a module's attributes another batch's would find, in no fixed order."""
+    names = {id(module): name for name, module in model.named_modules()}
+    owner: dict[int, int] = {}
+    for number, layers in enumerate(stages):
+        for module in (module for layer in layers for module in layer.modules()):
+            first = owner.setdefault(id(module), number)
+            if first != number and keeps_state(module):
+                name = f"module {names[id(module)]} (a {type(module).__name__})"
+                raise ValueError(
+                    f"{name} is shared by stages {first} and {number}, which work on different "
+                    f"batches at the same time: what its forward keeps in it would be mixed up. Choose "
+                    f"split so that its users are in one stage, or give each its own "
+                    f"(copy.deepcopy(module))."
+                )
 
 
 def check_output(value: Any, what: str) -> Nested:

@@ -113,10 +113,6 @@ class CpuStage(Stage):
     def is_first(self) -> bool:
         return self.below is None
 
-    @property
-    def is_last(self) -> bool:
-        return self.above is None
-
     def work(self, step: Step) -> Callable[[int], None] | Work | None:
         slot = step.slot
         copy = slot if self._stash else 0
@@ -177,10 +173,6 @@ class CpuStage(Stage):
 
     def _pass_up(self, slot: int, batch: int, output: Nested) -> None:
         self._output = output
-
-    def _tell_overlapping(self, numbers: frozenset[int]) -> None:
-        assert self.above is not None
-        self.above.guard.overlapping = numbers
 
     def _pass_down(self, batch: int, leaves: Sequence[Tensor]) -> None:
         self._errors = take_gradients(leaves)

@@ -32,7 +32,7 @@ from fdg_cuda.hops import Errors, take_gradients
 from fdg_cuda.layout import INBOX_HALVES, CudaLayout, Step, Transfer
 from fdg_cuda.mail import Inbox, Mailbox, Outbox, turns, word
 from fdg_cuda.metrics import correct_on_device
-from fdg_cuda.nested import Nested, distinct, map_distinct, repacked
+from fdg_cuda.nested import Nested, distinct, repacked
 from fdg_cuda.precision import Precision
 from fdg_cuda.randomness import RandomState
 from fdg_cuda.schedule import Kind
@@ -176,10 +176,6 @@ class CudaStage(Stage):
         return self._below is None
 
     @property
-    def is_last(self) -> bool:
-        return self.above is None
-
-    @property
     def lane(self) -> Lane:
         """The compute stream, as torch knows it."""
         return self.fit.lanes[CudaLayout.compute(self.index)]
@@ -310,8 +306,7 @@ class CudaStage(Stage):
             return self.mail.inbox.copy(half, self.fit.inputs.form(batch))
         parcel = self.mail.inbox.parcel(half)
         assert parcel is not None, f"no activation of batch {batch} at stage {self.index}"
-        # Detached, since what was packed arrives as views of one tensor.
-        leaves = map_distinct(torch.detach, self.mail.inbox.copy(half, parcel.form))
+        leaves = self.mail.inbox.copy(half, parcel.form)
         for leaf, wanting in zip(distinct(leaves), parcel.wanting, strict=True):
             leaf.requires_grad_(wanting)
         return leaves
@@ -331,10 +326,6 @@ class CudaStage(Stage):
         self.mail.output_words[slot] = sent.data_ptr()
         self.above.mail.inbox.expect(batch % INBOX_HALVES, parcel)
         self._tell_if_regular(batch, parcel)
-
-    def _tell_overlapping(self, numbers: frozenset[int]) -> None:
-        assert self.above is not None
-        self.above.guard.overlapping = numbers
 
     def _tell_if_regular(self, batch: int, parcel: Parcel) -> None:
         """Stages above replay graphs only for what looks as it did when they were captured."""

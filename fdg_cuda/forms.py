@@ -165,9 +165,12 @@ def _errors_as_value(errors: Errors) -> Nested:
 def without_gaps(tensor: Tensor) -> Tensor:
     """``tensor`` if its elements fill memory without gap, overlap or lazy sign; else a copy."""
     plain = tensor.detach().resolve_conj().resolve_neg()
-    if torch.empty_like(plain, device="meta").stride() == plain.stride():
-        return plain
-    return plain.contiguous()
+    return plain if fills_memory(plain) else plain.contiguous()
+
+
+def fills_memory(tensor: Tensor) -> bool:
+    """Whether the elements of ``tensor`` lie one behind the other, in any order of its dimensions."""
+    return torch.empty_like(tensor, device="meta").stride() == tensor.stride()
 
 
 def laid_out_like(tensor: Tensor, form: Form) -> Tensor:

@@ -15,6 +15,7 @@ from torch import nn
 from fdg_cuda.call_form import InputForm
 from fdg_cuda.errors import ModelCaptureError
 from fdg_cuda.graph_stage import Carried, GraphStage, Stretch
+from fdg_cuda.torch_facts import keeps_state
 from fdg_cuda.trace import Call, ModuleCall, Ref, TensorInfo, Trace, leaves, sizes_needed
 
 CutPoint = int | str
@@ -217,9 +218,26 @@ class GraphChain:
                 reason = self._shared(
                     name, indices, "parameter" if name in parameters else "buffer"
                 )
-                for at in range(indices[0] + 1, indices[-1] + 1):
-                    self._refusals.setdefault(at, reason)
+                self._refuse(indices, reason)
+        self._refuse_shared_state()
         self._refuse_aliases()
+
+    def _refuse(self, users: list[int], reason: str) -> None:
+        for at in range(users[0] + 1, users[-1] + 1):
+            self._refusals.setdefault(at, reason)
+
+    def _refuse_shared_state(self) -> None:
+        """Of what Python code keeps in a module's attributes there is no copy for another stage."""
+        users: dict[int, list[int]] = {}
+        names = {id(module): name for name, module in self.model.named_modules()}
+        for index, call in enumerate(self._calls):
+            if isinstance(call.target, ModuleCall):
+                for module in self.model.get_submodule(call.target.path).modules():
+                    if keeps_state(module):
+                        users.setdefault(id(module), []).append(index)
+        for key, indices in users.items():
+            if len(indices) > 1:
+                self._refuse(indices, self._shared(names[key], indices, "module"))
 
     def _shared(self, name: str, indices: list[int], kind: str) -> str:
         first, last = self._calls[indices[0]], self._calls[indices[-1]]
@@ -231,11 +249,15 @@ class GraphChain:
             )
         else:
             what = f"{kind} {name} is used {places}"
-        remedy = (
-            "its users must be in one stage, or each needs its own "
-            f"(x.weight = nn.Parameter(x.weight.detach().clone()) unties a {kind})"
-        )
-        return f"{what}; {remedy}"
+        unties = {
+            "parameter": "x.weight = nn.Parameter(x.weight.detach().clone()) unties a parameter",
+            "buffer": "x.mean = x.mean.clone() unties a buffer",
+            "module": "copy.deepcopy(module)",
+        }[kind]
+        why = "its users must be in one stage, or each needs its own"
+        if kind == "module":
+            why = f"what its Python code keeps in it is for all of them: {why}"
+        return f"{what}; {why} ({unties})"
 
     def _refuse_aliases(self) -> None:
         """A write into memory that several tensors across the cut share would be seen by one only."""

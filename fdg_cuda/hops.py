@@ -6,7 +6,8 @@ is in the order of :func:`fdg_cuda.nested.distinct`: a tensor that stands in it 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import combinations, product
 
 import torch
 from torch import Tensor
@@ -16,8 +17,11 @@ from fdg_cuda.nested import Nested, distinct, map_distinct
 # The error signal of each tensor of a hop; None where the loss does not depend on it.
 Errors = Sequence[Tensor | None]
 
+# Numbers of two tensors of a hop, the lower one first.
+Pairs = frozenset[tuple[int, int]]
 
-def leaves_of(output: Nested, own: frozenset[int], *, replayed: bool) -> Nested:
+
+def leaves_of(output: Nested, own: frozenset[int], wanting: Callable[[Tensor], bool]) -> Nested:
     """``output`` of a stage as the stage above takes it: leaves of its graph.
 
     Their memory is the sender's, which must not change it while the stages above, and those it is
@@ -25,13 +29,11 @@ def leaves_of(output: Nested, own: frozenset[int], *, replayed: bool) -> Nested:
 
     Args:
         own: the :func:`storages` of the sender's weights and buffers.
-        replayed: whether its forward ran without a graph, so that it is not known which tensors
-            depend on something trainable: all that can are taken to.
+        wanting: which of its tensors want a gradient.
     """
 
     def leaf(tensor: Tensor) -> Tensor:
-        sent = _not_of(own, tensor.detach())
-        return sent.requires_grad_(wants_gradient(tensor) if replayed else tensor.requires_grad)
+        return _not_of(own, tensor.detach()).requires_grad_(wanting(tensor))
 
     return map_distinct(leaf, output)
 
@@ -76,18 +78,29 @@ def storages(found: Iterable[Tensor]) -> frozenset[int]:
     return frozenset(map(_storage, found)) - {0}
 
 
-def overlapping(hop: Nested) -> frozenset[int]:
-    """Which tensors of ``hop`` lie in memory in which another of its tensors lies too, by number."""
-    spans = [_span(tensor) for tensor in distinct(hop)]
+def overlapping(hop: Nested, taken: Sequence[Tensor] = (), known: Pairs = frozenset()) -> Pairs:
+    """Which tensors of ``hop`` lie in memory in which another of them lies too, here or where they come
+    from.
+
+    Args:
+        taken: what the sender's layers took in: copies of their own, perhaps.
+        known: which of those overlap where they come from.
+    """
+    spans = [span_of(tensor) for tensor in distinct(hop)]
+    sources = [span_of(tensor) for tensor in taken]
+    origins = [
+        [number for number, source in enumerate(sources) if _meet(span, source)] for span in spans
+    ]
     return frozenset(
-        number
-        for number, (begin, end) in enumerate(spans)
-        if any(
-            begin < other_end and other_begin < end
-            for other, (other_begin, other_end) in enumerate(spans)
-            if other != number
-        )
+        (one, other)
+        for one, other in combinations(range(len(spans)), 2)
+        if _meet(spans[one], spans[other])
+        or any((min(pair), max(pair)) in known for pair in product(origins[one], origins[other]))
     )
+
+
+def _meet(one: tuple[int, int], other: tuple[int, int]) -> bool:
+    return one[0] < other[1] and other[0] < one[1]
 
 
 def _storage(tensor: Tensor) -> int:
@@ -95,8 +108,8 @@ def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else 0
 
 
-def _span(tensor: Tensor) -> tuple[int, int]:
-    """Of the addresses of its elements."""
+def span_of(tensor: Tensor) -> tuple[int, int]:
+    """Of its elements: the first address, and the one behind the last."""
     if tensor.layout != torch.strided or tensor.numel() == 0:
         return 0, 0
     steps = zip(tensor.shape, tensor.stride(), strict=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 from fdg_cuda.accelerator import Lane, accelerator
 from fdg_cuda.forms import AnyForm, Form, Parcel, fill, form_of, without_gaps
 from fdg_cuda.layout import INBOX_HALVES
-from fdg_cuda.nested import Nested, map_tensors
+from fdg_cuda.nested import Nested, map_distinct, map_tensors
 
 METRICS = 2  # float64: loss, correct answers (NaN where there are no classes)
 
@@ -94,10 +94,11 @@ class Inbox:
         return form.view(memory)
 
     def copy(self, half: int, form: AnyForm) -> Nested:
-        """A copy of what is in ``half``. Nested tensors are views of one piece of memory again."""
+        """A copy of what is in ``half``. Nested tensors lie in one piece of memory again."""
         if isinstance(form, Form):
             return self.view(half, form).clone()
-        return form.view(self.bytes(half, form))
+        # Not as views of it: what changes one of them in place must not seem to change them all.
+        return map_distinct(lambda view: view.data, form.view(self.bytes(half, form)))
 
     def bytes(self, half: int, form: AnyForm) -> Tensor:
         """A copy of the bytes of what is in ``half``."""

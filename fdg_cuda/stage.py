@@ -22,7 +22,7 @@ from fdg_cuda.errors import AliasedParameterError, said_where
 from fdg_cuda.flat import FlatMemory
 from fdg_cuda.gradients import UpdateRule
 from fdg_cuda.hops import Errors, leaves_of, overlapping, reached, storages
-from fdg_cuda.in_place import InputGuard
+from fdg_cuda.in_place import InputGuard, Lent
 from fdg_cuda.layout import Step
 from fdg_cuda.nested import Nested, distinct
 from fdg_cuda.parameter_sites import ParameterSites, graph_leaves
@@ -99,7 +99,13 @@ class Stage(ABC):
         self._own_memory: frozenset[int] | None = None  # of weights and buffers, in this segment
         self._leaves_checked = False
         self._first_batch = 0
+        self.above: Stage | None = None  # set by the machine
         self.loss: LossOfBatch | None = None  # of the last stage, set by the pipeline
+
+    @property
+    def is_last(self) -> bool:
+        """Whether no stage is above this one."""
+        return self.above is None
 
     # -- on the caller's thread, with nothing running ------------------------------------------
 
@@ -222,11 +228,6 @@ class Stage(ABC):
     def is_first(self) -> bool:
         """Whether no stage is below this one."""
 
-    @property
-    @abstractmethod
-    def is_last(self) -> bool:
-        """Whether no stage is above this one."""
-
     @abstractmethod
     def _take_input(self, batch: int) -> Nested:
         """What the stage below sent, leaves of this stage's graph; or what entered."""
@@ -238,10 +239,6 @@ class Stage(ABC):
     @abstractmethod
     def _pass_up(self, slot: int, batch: int, output: Nested) -> None:
         """Make ``output``, leaves for the stage above, ready to be sent."""
-
-    @abstractmethod
-    def _tell_overlapping(self, numbers: frozenset[int]) -> None:
-        """Tell the guard of the stage above which tensors of what it gets are overlapping."""
 
     @abstractmethod
     def _update_natively(self, source: int, copy: int, row: int, batch: int) -> None:
@@ -288,29 +285,36 @@ class Stage(ABC):
     def _compute(self, leaf: Nested, batch: int) -> tuple[Sequence[Tensor], Nested]:
         """What a backward starts from (at the last stage the loss), and what goes up (from there
         nothing)."""
-        autocast = self.precision.autocast(self.device.type)
-        with said_where(f"the forward of {self._named(batch)}"), autocast:
-            output = self._run_layers(leaf, batch)
-        if not self.is_last:
-            return distinct(output), self._to_send(output)
-        assert self.loss is not None
-        autocast = self.precision.autocast(self.device.type)
-        with said_where(f"the loss of batch {self._first_batch + batch}"), autocast:
-            return [self.loss(output, batch)], None
+        with self.guard.lent(leaf, self._first_batch + batch) as lent:
+            output = self._run_layers(lent.value, batch)
+            if self.is_last:
+                return [self._loss_of(output, batch)], None
+        return distinct(output), self._to_send(output, lent)
 
-    def _to_send(self, output: Nested) -> Nested:
+    def _to_send(self, output: Nested, lent: Lent) -> Nested:
         if self._own_memory is None:
             weights = (leaf for copy in self.memory.leaves for leaf in copy)
             buffers = (buffer for layer in self.layers for buffer in layer.buffers())
             self._own_memory = storages(weights) | storages(buffers)
-            self._tell_overlapping(overlapping(output))
-        return leaves_of(output, self._own_memory, replayed=self.replays)
+            assert self.above is not None
+            # What the guard copied, or what was packed on its way, does not overlap any more.
+            known = self.guard.overlapping | overlapping(lent.sources)
+            self.above.guard.overlapping = overlapping(output, lent.tensors, known)
+        wanting = lent.may_depend if self.replays else _wants_gradient
+        return leaves_of(output, self._own_memory, wanting)
 
-    def _run_layers(self, leaf: Nested, batch: int) -> Nested:
-        with self.guard.lent(leaf, self._first_batch + batch) as value:
+    def _run_layers(self, value: Nested, batch: int) -> Nested:
+        autocast = self.precision.autocast(self.device.type)
+        with said_where(f"the forward of {self._named(batch)}"), autocast:
             for layer in self.layers:
                 value = layer(value)
-        return check_output(value, f"stage {self.index}")
+            return check_output(value, f"stage {self.index}")
+
+    def _loss_of(self, output: Nested, batch: int) -> Tensor:
+        assert self.loss is not None
+        autocast = self.precision.autocast(self.device.type)
+        with said_where(f"the loss of batch {self._first_batch + batch}"), autocast:
+            return self.loss(output, batch)
 
     def _backward(self, slot: int, copy: int, batch: int, row: int = 0) -> None:
         held = self._slots[slot]
@@ -387,3 +391,7 @@ class Stage(ABC):
                 f"would never be trained. Reach it through the module that registers it, in the same "
                 f"stage; keep lists of parameters in nn.ParameterList; or set requires_grad_(False)."
             )
+
+
+def _wants_gradient(tensor: Tensor) -> bool:
+    return tensor.requires_grad

@@ -97,6 +97,12 @@ def is_layer(module: nn.Module) -> bool:
     )
 
 
+def keeps_state(module: nn.Module) -> bool:
+    """Whether a forward of ``module`` may leave something in it that the next one sees, beside what its
+    parameters, buffers and submodules keep: any may, but torch's own, of which none does."""
+    return not type(module).__module__.startswith("torch.nn.")
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Whether somebody wants to be told when ``module`` as a whole runs."""
     return bool(

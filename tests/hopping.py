@@ -133,6 +133,18 @@ class Fan(nn.Module):
         return self.fan(hop)
 
 
+class Beside(nn.Module):
+    """Computes with ``a`` and ``b`` of its input, and hands ``b`` through."""
+
+    def __init__(self, outputs: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(WIDTH, outputs)
+
+    def forward(self, hop: Any) -> Any:
+        a, b = hop
+        return self.layer((a + b).tanh()), b
+
+
 FANS: dict[str, tuple[Callable[[Tensor], Any], Callable[[Any], Any]]] = {
     "the same twice": (lambda x: (x, x), lambda hop: hop[0].tanh() + 2 * hop[1]),
     "the same twice, in place": (lambda x: [x, x], lambda hop: hop[0].mul_(3) + hop[1]),

@@ -116,6 +116,60 @@ def test_weights_that_are_used_again_are_never_cut_apart() -> None:
     assert runner.split_points == ["cell", "last"]
 
 
+class Keeping(nn.Module):
+    """Called in pairs: the second call adds what the first was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: Any = None
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        if self.kept is None:
+            self.kept = x.detach()
+            return x * 1.0
+        y, self.kept = x + self.kept, None
+        return y
+
+
+class Sharing(nn.Module):
+    """Calls ``shared`` twice."""
+
+    def __init__(self, shared: nn.Module) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 4)
+        self.shared = shared
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.shared(self.b(self.shared(self.a(x)))))
+
+
+def test_a_module_that_keeps_state_is_never_cut_apart() -> None:
+    """Two stages would find in it what the other's batch left; torch's own layers keep nothing."""
+    words = r"module shared is used .* in one stage"
+    with pytest.raises(ModelCaptureError, match=rf"cannot cut before b: {words}"):
+        FDGRunner(Sharing(Keeping()), ["cpu"] * 2, split_points=["b"], sample=torch.randn(2, 6))
+    runner = FDGRunner(Sharing(Keeping()), ["cpu"] * 2, lr=0.05)
+    runner.fit(data_of(3))
+    assert runner.split_points == ["c"]
+    FDGRunner(Sharing(nn.ReLU()), ["cpu"] * 2, split_points=["b"]).fit(data_of(3))
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_layers_that_share_a_module_that_keeps_state_stay_in_one_stage(inside: bool) -> None:
+    def layers(shared: nn.Module) -> list[nn.Module]:
+        first, second = (nn.Sequential(shared) if inside else shared for _ in range(2))
+        return [nn.Linear(6, 6), first, nn.Linear(6, 6), second, nn.Linear(6, 4)]
+
+    with pytest.raises(
+        ValueError, match=r"module 1(.0)? \(a Keeping\) is shared by stages 0 and 1"
+    ):
+        FDGRunner(layers(Keeping()), ["cpu"] * 2, split=[2])
+    for shared, split in ((Keeping(), [4]), (nn.ReLU(inplace=True), [2]), (nn.Dropout(), [2])):
+        FDGRunner(layers(shared), ["cpu"] * 2, split=split).fit(data_of(3))
+
+
 # -- what cannot be captured -------------------------------------------------------------------------
 
 

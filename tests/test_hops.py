@@ -10,13 +10,14 @@ import pytest
 import torch
 from captured_models import made
 from chains import CLASSES, FEATURES, Batch, batches, largest_difference, oracle, same_bits
-from hopping import FANS, LAYERS, Fan, Grow, Stateful, fanned, hopping, joined, own_names
+from hopping import FANS, LAYERS, Beside, Fan, Grow, Stateful, fanned, hopping, joined, own_names
 from refusals import refused
 from torch import Tensor, nn
 from torch.nn import functional as F
 from versions import TOLERANCE, runner_of, state
 
 from fdg_cuda.capture import capture
+from fdg_cuda.exact_copy import exact_copy
 from fdg_cuda.schedule import METHODS
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread", "seeded", "no_thread_left")
@@ -154,6 +155,31 @@ def test_what_wants_a_gradient(replay: bool) -> None:
     assert set(seen) == {(True, True, False, replay)}
 
 
+@pytest.mark.parametrize("change", [False, True])
+def test_what_enters_and_is_handed_through_wants_no_gradient_when_replayed(change: bool) -> None:
+    """In the first batch, which is copied, and later; unless what is trainable was written into it."""
+    seen = []
+
+    def look(hop: Any) -> Any:
+        if torch.is_grad_enabled():
+            seen.append(tuple(tensor.requires_grad for tensor in hop))
+        return hop
+
+    def scale(hop: Any) -> Any:
+        return hop[0], hop[1].mul_(hop[0]) if change else hop[1]
+
+    first = nn.Sequential(Beside(5), Fan(scale))
+    stages = first, nn.Sequential(Fan(look), Beside(5)), nn.Sequential(Fan(look), Beside(CLASSES))
+    data = [((x[:, :5], x[:, 1:6]), y) for x, y in batches(4)]
+
+    def loss(output: Any, target: Tensor) -> Tensor:
+        return F.cross_entropy(output[0], target)
+
+    model = nn.Sequential(*stages).double()
+    runner_of(model, 3, split=[1, 2], loss_fn=loss, backward_weights="replay").fit(data)
+    assert set(seen) == {(True, change)}
+
+
 # -- captured models ------------------------------------------------------------------------------
 
 
@@ -258,6 +284,63 @@ def test_a_view_cannot_be_changed_in_place_behind_a_cut() -> None:
         runner_of(model, 2, split=[2]).fit(batches(3))
 
 
+def test_a_view_that_was_handed_through_cannot_be_changed_in_place() -> None:
+    """With the first batch, which the stage in between works on copies of; what overlaps nothing can."""
+
+    def train(fan: Callable[[Tensor], Any]) -> None:
+        model = nn.Sequential(
+            nn.Sequential(nn.Linear(FEATURES, 5), Fan(fan)),
+            Fan(lambda hop: (hop[1], *hop)),
+            Fan(lambda hop: hop[0].mul_(2) + F.pad(hop[2], (0, 5 - hop[2].shape[1]))),
+            nn.Linear(5, CLASSES),
+        ).double()
+        runner_of(model, 3, split=[1, 2]).fit(batches(1))
+
+    train(lambda x: (x[:, :3].clone(), x))
+    with refused(RuntimeError, "stage 2", "from stage 1", "inplace=False"):
+        train(lambda x: (x[:, :3], x))
+
+
+@pytest.mark.parametrize("change", [False, True])
+def test_every_batch_lies_in_memory_as_it_was_made(change: bool) -> None:
+    """Whether it was copied or not: kernels may round otherwise where strides or alignment differ."""
+    seen = set()
+
+    def look(x: Tensor) -> Tensor:
+        seen.add((x.stride(), x.data_ptr() % 64))
+        return x.mul_(2) if change else x * 2
+
+    data = [(x.repeat(2, 1), y.repeat(2)) for x, y in batches(2)]
+    stages = nn.Linear(FEATURES, 15), Fan(lambda x: x[:, 5::2]), Fan(look), nn.Linear(5, CLASSES)
+    runner_of(nn.Sequential(*stages).double(), 2, split=[2]).fit(data)
+    assert seen == {((15, 2), 40)}
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda x: x[1:, ::2],
+        lambda x: x[:, 1:2].expand(-1, 3),
+        lambda x: x.t(),
+        lambda x: x.flatten()[3:],
+        lambda x: x.unfold(1, 2, 1),
+        lambda x: x[:0],
+        lambda x: torch.complex(x, x).conj()[1],
+        lambda x: x[2, 3],
+    ],
+)
+def test_exact_copies(view: Callable[[Tensor], Tensor]) -> None:
+    sources = [view(torch.arange(20.0).view(4, 5)).detach().requires_grad_() for _ in range(2)]
+    copies = [exact_copy(sources[0]), sources[1]]
+    assert torch.equal(*copies)
+    assert copies[0].stride() == copies[1].stride()
+    assert copies[0].data_ptr() % 64 == copies[1].data_ptr() % 64
+    assert copies[0].untyped_storage().data_ptr() != sources[0].untyped_storage().data_ptr()
+    for copy_ in copies:
+        (copy_.abs() * copy_.abs().detach()).sum().backward()
+    assert torch.equal(*(source.grad for source in sources))
+
+
 def test_what_is_handed_through_is_changed_by_nobody() -> None:
     """Three stages hold it; the last works on it in place, those below still need it."""
 
@@ -284,6 +367,29 @@ def test_what_is_handed_through_is_changed_by_nobody() -> None:
     for other in found[1:]:
         assert other[0] == found[0][0]
         assert same_bits(other[1], found[0][1])
+
+
+@pytest.mark.parametrize("weights", ["stash", "replay"])
+def test_a_loss_may_change_in_place_what_was_handed_through(weights: str) -> None:
+    """It is an input of the first stage's second forward."""
+
+    def loss(output: Any, target: Tensor) -> Tensor:
+        return F.cross_entropy(output[0], target)
+
+    def changing_loss(output: Any, target: Tensor) -> Tensor:
+        found = loss(output, target)
+        output[1].mul_(10)
+        return found
+
+    data = [((x[:, :5].clone(), x[:, 1:6].clone()), y) for x, y in batches(5)]
+    found = []
+    for loss_fn in (loss, changing_loss):
+        torch.manual_seed(0)
+        model = nn.Sequential(Beside(5), Beside(CLASSES)).double()
+        runner = runner_of(model, 2, split=[1], loss_fn=loss_fn, backward_weights=weights)
+        found.append((runner.fit(data).batch_losses, state(model)))
+    assert found[0][0] == found[1][0]
+    assert same_bits(found[0][1], found[1][1])
 
 
 @pytest.mark.parametrize("weights", ["stash", "current"])

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from chains import batches, largest_difference, oracle
-from hopping import FANS, fanned, hopping, joined, own_names
+from hopping import FANS, Fan, fanned, hopping, joined, own_names
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -149,6 +149,37 @@ def test_the_output_may_be_a_dict(graphs: bool) -> None:
     assert runners[0].evaluate(batches(3)).loss == pytest.approx(
         runners[1].evaluate(batches(3)).loss, rel=TOLERANCE
     )
+
+
+@GRAPHS
+def test_a_part_of_a_target_may_be_changed_in_place(graphs: bool) -> None:
+    """Another part, of the same piece of memory, is needed in the backward."""
+
+    def loss(output: Tensor, target: Any) -> Tensor:
+        factor, other = target
+        product = (output * factor).mean()
+        return product + other.mul_(2).mean()
+
+    data = [(x, (x[:, :4].clone(), x[:, 2:].clone())) for x, _ in batches(4)]
+    runners = []
+    for devices, here in (([0, 1], {"graphs": graphs}), (["cpu", "cpu"], {})):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4)).double()
+        runners.append(FDGRunner(model, devices, split=[1], loss_fn=loss, lr=0.05, **here))
+        runners[-1].fit(data)
+    assert largest_difference(*(runner.state_dict() for runner in runners)) < TOLERANCE
+
+
+def test_a_view_that_was_handed_through_cannot_be_changed_in_place() -> None:
+    """It arrives packed, as memory of its own."""
+    model = nn.Sequential(
+        nn.Sequential(nn.Linear(6, 5), Fan(lambda x: (x, x[:, :2]))),
+        Fan(lambda hop: hop),
+        nn.Sequential(Fan(lambda hop: hop[0].mul_(2) + hop[1].sum()), nn.Linear(5, 4)),
+    ).double()
+    runner = FDGRunner(model, [0, 0, 0], split=[1, 2], graphs=False)
+    with pytest.raises(RuntimeError, match=r"stage 2 .* shares its memory .* from stage 1"):
+        runner.fit(batches(3))
 
 
 @pytest.mark.parametrize("way", ["up", "down"])
