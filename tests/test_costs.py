@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
+import weakref
 from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import ClassVar
 
 import pytest
 import torch
@@ -157,6 +161,38 @@ def test_a_captured_chain() -> None:
         crossing = sum(each.nbytes for each in chain.crossing(cut))
         assert measured[cut - 1].output_bytes == measured[cut].input_bytes == crossing
         assert measured[cut].error_bytes == crossing
+
+
+class Exponential(nn.Module):
+    """Autograd keeps what it gives; ``alive``: weak references to that."""
+
+    alive: ClassVar[list[weakref.ref[Tensor]]] = []
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        kept = x.exp()
+        self.alive.append(weakref.ref(kept))
+        return kept * 1, x
+
+
+class Second(nn.Module):
+    def forward(self, hop: tuple[Tensor, Tensor]) -> Tensor:
+        return hop[1]
+
+
+class Failing(nn.Module):
+    def forward(self, hop: tuple[Tensor, Tensor]) -> Tensor:
+        raise torch.OutOfMemoryError("as on a full device")
+
+
+@pytest.mark.parametrize("behind", [Second, Failing])
+def test_what_no_backward_reaches_is_freed(behind: type[nn.Module]) -> None:
+    Exponential.alive.clear()
+    layers = [nn.Linear(FEATURES, CLASSES).double(), Exponential(), behind()]
+    with pytest.raises(torch.OutOfMemoryError) if behind is Failing else nullcontext():
+        measure(layers, BATCH, CROSS_ENTROPY, threads=1)
+    gc.collect()
+    assert Exponential.alive
+    assert all(kept() is None for kept in Exponential.alive)
 
 
 class Clock:
