@@ -17,7 +17,7 @@ from fdg_cuda.buffers import SavedBuffers
 from fdg_cuda.chain import check_loss, check_output
 from fdg_cuda.errors import said_where
 from fdg_cuda.flat import padded_bytes
-from fdg_cuda.nested import Nested, distinct, map_distinct, tensors
+from fdg_cuda.nested import Nested, cloned, distinct, map_distinct, tensors
 from fdg_cuda.pipeline import LossFunction
 from fdg_cuda.precision import Precision
 from fdg_cuda.saved_bytes import SavedBytes
@@ -164,11 +164,12 @@ class _Chain:
         """A forward and a backward of every layer. ``counted``: takes note of what autograd keeps."""
         passed = [_Passed() for _ in self._layers]
         x = map_distinct(torch.detach, self._batch[0])
+        target = cloned(self._batch[1])  # a loss may change it
         taken: list[list[Tensor]] = []
         given: list[list[Tensor]] = []
         for number, each in enumerate(passed):
             leaf = map_distinct(_leaf, x)
-            x = self._forward(number, leaf, each, counted)
+            x = self._forward(number, leaf, target, each, counted)
             taken.append(distinct(leaf))
             given.append(distinct(x))
             each.input_bytes = sum(tensor.nbytes for tensor in taken[-1])
@@ -193,7 +194,12 @@ class _Chain:
         return passed
 
     def _forward(
-        self, number: int, leaf: Nested, passed: _Passed, counted: SavedBytes | None
+        self,
+        number: int,
+        leaf: Nested,
+        target: Nested,
+        passed: _Passed,
+        counted: SavedBytes | None,
     ) -> Nested:
         layer = self._layers[number]
         # A copy, since a layer may work in place on its input.
@@ -209,7 +215,7 @@ class _Chain:
             check_output(output, f"layer {number}")
             if last:
                 with said_where("the loss of the first batch"), self._autocast():
-                    given = check_loss(self._loss(output, self._batch[1]), 0)
+                    given = check_loss(self._loss(output, target), 0)
             passed.forward = self._now() - begin
         if counted is not None:
             counted.end(output)

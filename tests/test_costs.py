@@ -51,6 +51,18 @@ def test_measuring_leaves_no_trace() -> None:
         assert torch.equal(value, before[key])
 
 
+def test_every_pass_has_its_own_target() -> None:
+    """A loss may change it, its containers too, as in training."""
+
+    def loss(output: Tensor, target: dict[str, Tensor]) -> Tensor:
+        return F.cross_entropy(output, target.pop("labels").remainder_(2))
+
+    target = {"labels": BATCH[1] + 4}
+    before = target["labels"].clone()
+    measure([nn.Linear(FEATURES, CLASSES).double()], (BATCH[0], target), loss, threads=1)
+    assert torch.equal(target["labels"], before)
+
+
 def test_bytes_of_a_chain() -> None:
     """By hand: float64, 8 samples, 6 features, 10 between."""
     layers = [
