@@ -76,6 +76,10 @@ def measure(
     counts the bytes. Where other programs share the processor, layers' smallest times, which do not fall
     into the same pass, add up to less than any pass took; medians add up to the median pass.
 
+    Measured one by one, each layer has an autograd graph of its own and clock readings around it, on
+    CUDA devices waits too: some 0.1 ms that stages do not have, and more than a small layer takes. So
+    every repeated pass also runs the chain as one piece, and layers' times are made to add up to its.
+
     Leaves no trace: buffers, gradients, the global random state and the thread count are as before.
 
     Args:
@@ -92,23 +96,26 @@ def measure(
         torch.set_num_threads(threads)
         with torch.random.fork_rng(devices=list(random_devices)), torch.enable_grad():
             counted = SavedBytes()
-            passes = _repeated(partial(chain.run, counted), chain.run)
+            passes = _repeated(partial(chain.run, counted), chain.run_and_whole)
     finally:
         torch.set_num_threads(previous_threads)
         buffers.restore()
         for parameter, gradient in gradients:
             parameter.grad = gradient
+    forwards = _seconds(passes, "forward")
+    backwards = _seconds(passes, "backward")
+    layers_passed = passes[0].layers
     return [
         LayerCost(
-            forward=statistics.median(each[number].forward for each in passes),
-            backward=statistics.median(each[number].backward for each in passes),
+            forward=forwards[number],
+            backward=backwards[number],
             parameter_bytes=sum(padded_bytes(p) for p in layer.parameters() if p.requires_grad),
             fixed_bytes=sum(b.nbytes for b in layer.buffers())
             + sum(p.nbytes for p in layer.parameters() if not p.requires_grad),
             saved_bytes=counted.layers[number].saved,
-            input_bytes=passes[0][number].input_bytes,
-            output_bytes=passes[0][number].output_bytes,
-            error_bytes=passes[0][number].error_bytes,
+            input_bytes=layers_passed[number].input_bytes,
+            output_bytes=layers_passed[number].output_bytes,
+            error_bytes=layers_passed[number].error_bytes,
             kept_input_bytes=counted.layers[number].kept_input,
             kept_output_bytes=counted.layers[number].kept_output,
         )
@@ -116,13 +123,36 @@ def measure(
     ]
 
 
-def _repeated(
-    first: Callable[[], list[_Passed]], again: Callable[[], list[_Passed]]
-) -> list[list[_Passed]]:
+def _seconds(passes: Sequence[_Pass], direction: str) -> list[float]:
+    """Of each layer's forward, or backward."""
+    apart = [[getattr(layer, direction) for layer in each.layers] for each in passes]
+    medians = [statistics.median(layer) for layer in zip(*apart, strict=True)]
+    # Of the same pass, since what disturbs a machine for a while disturbs both.
+    ratios = [
+        getattr(each.whole, direction) / sum(seconds)
+        for each, seconds in zip(passes, apart, strict=True)
+        if each.whole is not None and sum(seconds) > 0
+    ]
+    return as_one(medians, sum(medians) * statistics.median(ratios)) if ratios else medians
+
+
+def as_one(apart: Sequence[float], whole: float) -> list[float]:
+    """What layers that took so many seconds one by one take in a chain that takes ``whole``.
+
+    The excess is the same for each that took any time at all; the rest is in proportion.
+    """
+    excess = max(0.0, sum(apart) - whole) / max(1, sum(seconds > 0 for seconds in apart))
+    left = [max(0.0, seconds - excess) for seconds in apart]
+    total = sum(left)
+    return [seconds * whole / total for seconds in left] if total > 0 else left
+
+
+def _repeated(first: Callable[[], _Pass], again: Callable[[], _Pass]) -> list[_Pass]:
     """What passes came to: those behind the first, or the first if there is no time for more."""
     begin = time.perf_counter()
     passes = [first()]
-    spent = longest = time.perf_counter() - begin
+    spent = time.perf_counter() - begin
+    longest = 2 * spent  # those that follow run the chain twice
     while len(passes) <= MOST_PASSES and spent + longest <= LIMIT_SECONDS:
         if len(passes) > LEAST_PASSES and spent >= ENOUGH_SECONDS:
             break
@@ -143,8 +173,16 @@ class _Passed:
     error_bytes: int = 0
 
 
+@dataclass
+class _Pass:
+    """``layers`` one by one, and all of them as one piece; of that only the seconds. None: not run."""
+
+    layers: list[_Passed]
+    whole: _Passed | None = None
+
+
 class _Chain:
-    """``layers`` one by one, each with an autograd graph of its own, as stages have."""
+    """``layers`` one by one, each with an autograd graph of its own, and all in one."""
 
     def __init__(
         self,
@@ -160,7 +198,11 @@ class _Chain:
         self._precision = precision
         self._synchronize = synchronize
 
-    def run(self, counted: SavedBytes | None = None) -> list[_Passed]:
+    def run_and_whole(self) -> _Pass:
+        """A pass of both kinds."""
+        return _Pass(self.run().layers, self._run_whole())
+
+    def run(self, counted: SavedBytes | None = None) -> _Pass:
         """A forward and a backward of every layer. ``counted``: takes note of what autograd keeps."""
         passed = [_Passed() for _ in self._layers]
         x = map_distinct(torch.detach, self._batch[0])
@@ -177,19 +219,37 @@ class _Chain:
         errors: list[Tensor | None] = [None]  # autograd's 1, for the loss
         for number in reversed(range(len(passed))):
             last = number == len(passed) - 1
-            begin = self._now()
             roots = [
                 (output, error)
                 for output, error in zip(given[number], errors, strict=True)
                 if output.requires_grad and (error is not None or last)
             ]
             if roots:
+                begin = self._now()
                 torch.autograd.backward([root for root, _ in roots], [error for _, error in roots])
-            passed[number].backward = self._now() - begin
+                passed[number].backward = self._now() - begin
             errors = [leaf.grad for leaf in taken[number]]
             if number > 0:
                 passed[number].error_bytes = sum(e.nbytes for e in errors if e is not None)
             for parameter in self._layers[number].parameters():
+                parameter.grad = None
+        return _Pass(passed)
+
+    def _run_whole(self) -> _Passed:
+        """As a single stage does it."""
+        passed = _Passed()
+        x, target = cloned(self._batch[0]), cloned(self._batch[1])
+        begin = self._now()
+        with said_where("the layers one behind the other, at the first batch"), self._autocast():
+            for layer in self._layers:
+                x = layer(x)
+            loss = self._loss(x, target)
+        passed.forward = self._now() - begin
+        begin = self._now()
+        torch.autograd.backward([loss])
+        passed.backward = self._now() - begin
+        for layer in self._layers:
+            for parameter in layer.parameters():
                 parameter.grad = None
         return passed
 
