@@ -179,7 +179,7 @@ class CudaMachine(Machine):
         def measured() -> list[LayerCost]:
             return measure(layers, cpu, loss_fn, threads=threads, precision=self.precision)
 
-        return remembered(layers, cpu, threads, measured, precision=self.precision)
+        return remembered(layers, cpu, loss_fn, threads, measured, precision=self.precision)
 
     def _costs_on(
         self, ordinal: int, layers: Sequence[nn.Module], batch: Batch, loss_fn: LossFunction
@@ -203,7 +203,9 @@ class CudaMachine(Machine):
             )
 
         name = accelerator().name(ordinal)
-        return remembered(layers, batch, 1, measured, device=name, precision=self.precision)
+        return remembered(
+            layers, batch, loss_fn, 1, measured, device=name, precision=self.precision
+        )
 
     def device_specs(
         self, layers: Sequence[nn.Module], batch: Batch, loss_fn: LossFunction

@@ -27,8 +27,9 @@ from torch import Tensor, nn
 
 from fdg_cuda.batches import Batch
 from fdg_cuda.costs import LayerCost
-from fdg_cuda.graph_stage import GraphStage
+from fdg_cuda.graph_stage import GraphStage, modes_of
 from fdg_cuda.nested import map_tensors
+from fdg_cuda.pipeline import LossFunction
 from fdg_cuda.precision import Precision
 
 logger = logging.getLogger("fdg_cuda")
@@ -50,6 +51,7 @@ def cache_file() -> Path | None:
 def remembered(
     layers: Sequence[nn.Module],
     batch: Batch,
+    loss: LossFunction,
     threads: int,
     measure: Callable[[], list[LayerCost]],
     *,
@@ -57,7 +59,7 @@ def remembered(
     precision: Precision = Precision.FLOAT32,
 ) -> list[LayerCost]:
     """The cost of each layer as measured earlier under the same circumstances, else ``measure()``."""
-    key = _key(layers, batch, threads, device, precision)
+    key = _key(layers, batch, loss, threads, device, precision)
     fresh = _measured_anew.get()
     if fresh is not None and key not in fresh:
         fresh.add(key)
@@ -85,7 +87,12 @@ def anew() -> Iterator[None]:
 
 
 def _key(
-    layers: Sequence[nn.Module], batch: Batch, threads: int, device: str, precision: Precision
+    layers: Sequence[nn.Module],
+    batch: Batch,
+    loss: LossFunction,
+    threads: int,
+    device: str,
+    precision: Precision,
 ) -> str:
     def shape(tensor: Tensor) -> str:
         return f"{tuple(tensor.shape)} {tensor.stride()} {tensor.dtype}"
@@ -97,14 +104,20 @@ def _key(
         str(threads),
         device,
         precision.value,
+        _loss_name(loss),
         *(str(map_tensors(shape, part)) for part in batch),
         *(
-            f"{layer}{_calls(layer)} "
+            f"{layer}{_calls(layer)} {modes_of(layer)} "
             f"{[(name, shape(p), p.requires_grad) for name, p in layer.named_parameters()]}"
             for layer in layers
         ),
     ]
     return hashlib.sha256("\n".join(circumstances).encode()).hexdigest()
+
+
+def _loss_name(loss: LossFunction) -> str:
+    named: Any = loss if hasattr(loss, "__qualname__") else type(loss)
+    return f"{named.__module__}.{named.__qualname__}"
 
 
 def _calls(layer: nn.Module) -> str:

@@ -194,7 +194,7 @@ class CpuMachine(Machine):
         def measured() -> list[LayerCost]:
             return measure(layers, batch, loss_fn, threads=threads, precision=self.precision)
 
-        return remembered(layers, batch, threads, measured, precision=self.precision)
+        return remembered(layers, batch, loss_fn, threads, measured, precision=self.precision)
 
     def device_specs(
         self, layers: Sequence[nn.Module], batch: Batch, loss_fn: LossFunction

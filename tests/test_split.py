@@ -10,6 +10,7 @@ import pytest
 import torch
 from chains import batches, mlp
 from torch import nn
+from torch.nn import functional as F
 
 from fdg_cuda import FDGRunner, layer_times
 from fdg_cuda.costs import LayerCost
@@ -63,10 +64,10 @@ def test_times_are_kept_in_a_file_and_read_again(
 
     known = [LayerCost(n / 3, n / 7, *range(n, n + 8)) for n in range(4)]
     forget()
-    assert layer_times.remembered(layers, batch, 1, lambda: known) == known
+    assert layer_times.remembered(layers, batch, F.cross_entropy, 1, lambda: known) == known
     forget()
-    assert layer_times.remembered(layers, batch, 1, unexpected) == known
-    assert layer_times.remembered(layers, batch, 2, lambda: COSTS) == COSTS
+    assert layer_times.remembered(layers, batch, F.cross_entropy, 1, unexpected) == known
+    assert layer_times.remembered(layers, batch, F.cross_entropy, 2, lambda: COSTS) == COSTS
     assert len(json.loads((tmp_path / "layer_times.json").read_text())) == 2
 
 
@@ -79,7 +80,7 @@ def test_what_an_earlier_version_kept_is_measured_anew(
     file = tmp_path / "layer_times.json"
     for _ in range(2):
         monkeypatch.setattr(layer_times, "_known", {})
-        assert layer_times.remembered(layers, batch, 1, lambda: COSTS) == COSTS
+        assert layer_times.remembered(layers, batch, F.cross_entropy, 1, lambda: COSTS) == COSTS
         (key,) = json.loads(file.read_text())
         file.write_text(json.dumps({key: kept}))
     assert caplog.text == ""
@@ -92,12 +93,24 @@ def test_a_broken_or_forbidden_file_is_no_obstacle(
     monkeypatch.setattr(layer_times, "_known", {})
     (tmp_path / "layer_times.json").write_text("no json")
     layers, batch = list(mlp(layers=4)), batches(1)[0]
-    assert layer_times.remembered(layers, batch, 1, lambda: COSTS) == COSTS
+    assert layer_times.remembered(layers, batch, F.cross_entropy, 1, lambda: COSTS) == COSTS
     assert "cannot be read" in caplog.text
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("FDG_CACHE_DIR", str(tmp_path / "file"))
-    assert layer_times.remembered(layers, batch, 3, lambda: COSTS) == COSTS
+    assert layer_times.remembered(layers, batch, F.cross_entropy, 3, lambda: COSTS) == COSTS
     assert "cannot be kept" in caplog.text
+
+
+def test_costs_are_remembered_for_each_mode_and_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FDG_CACHE_DIR", "")
+    monkeypatch.setattr(layer_times, "_known", {})
+    layers, batch = [nn.Linear(6, 4), nn.Dropout()], batches(1)[0]
+    losses = [F.cross_entropy, F.multi_margin_loss, nn.CrossEntropyLoss()]
+    for dropping in (True, False):
+        layers[1].train(dropping)
+        for number, loss in enumerate(losses):
+            costs = [LayerCost(number, dropping)] * 2
+            assert layer_times.remembered(layers, batch, loss, 1, lambda c=costs: c) == costs
 
 
 def test_no_folder_means_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
