@@ -35,8 +35,9 @@ class LayerCost:
 
     Attributes:
         forward, backward: seconds.
-        parameter_bytes: trainable ones, as :class:`~fdg_cuda.flat.FlatMemory` lays them out.
-        fixed_bytes: buffers and frozen parameters.
+        parameter_bytes: trainable ones, as :class:`~fdg_cuda.flat.FlatMemory` lays them out; those that
+            several layers share, no cut between them, are the first one's.
+        fixed_bytes: buffers and frozen parameters, likewise.
         saved_bytes: what autograd keeps from forward to backward, beside parameters, buffers and the
             layer's input.
         input_bytes: what it takes.
@@ -105,13 +106,15 @@ def measure(
     forwards = _seconds(passes, "forward")
     backwards = _seconds(passes, "backward")
     layers_passed = passes[0].layers
+    parameters = _where_first([list(layer.parameters()) for layer in layers])
+    buffers_of = _where_first([list(layer.buffers()) for layer in layers])
     return [
         LayerCost(
             forward=forwards[number],
             backward=backwards[number],
-            parameter_bytes=sum(padded_bytes(p) for p in layer.parameters() if p.requires_grad),
-            fixed_bytes=sum(b.nbytes for b in layer.buffers())
-            + sum(p.nbytes for p in layer.parameters() if not p.requires_grad),
+            parameter_bytes=sum(padded_bytes(p) for p in parameters[number] if p.requires_grad),
+            fixed_bytes=sum(b.nbytes for b in buffers_of[number])
+            + sum(p.nbytes for p in parameters[number] if not p.requires_grad),
             saved_bytes=counted.layers[number].saved,
             input_bytes=layers_passed[number].input_bytes,
             output_bytes=layers_passed[number].output_bytes,
@@ -119,8 +122,18 @@ def measure(
             kept_input_bytes=counted.layers[number].kept_input,
             kept_output_bytes=counted.layers[number].kept_output,
         )
-        for number, layer in enumerate(layers)
+        for number in range(len(layers))
     ]
+
+
+def _where_first(tensors_of: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
+    """Each layer's, without those of layers before: a stage has what its layers share once."""
+    seen: set[int] = set()
+    first = []
+    for own in tensors_of:
+        first.append([tensor for tensor in own if id(tensor) not in seen])
+        seen.update(map(id, own))
+    return first
 
 
 def _seconds(passes: Sequence[_Pass], direction: str) -> list[float]:

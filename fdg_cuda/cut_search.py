@@ -17,7 +17,7 @@ would take longer than the best cut are not looked at.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, fields
 from itertools import groupby, pairwise
 from types import SimpleNamespace
@@ -70,8 +70,10 @@ class Search:
         holdings: Sequence[Holding],
         devices: Sequence[DeviceSpec],
         links: Sequence[Link],
+        allowed: Collection[int],
     ) -> None:
         self._n, self._stages = len(costs), len(holdings)
+        self._forbidden = np.array([cut not in allowed for cut in range(self._n + 1)])
         self._runs = _runs(devices)
         self._run_of = [run for run in self._runs for _ in run.stages]
         columns = SimpleNamespace(
@@ -232,6 +234,8 @@ class Search:
                 at = values.argmin(axis=1)
                 following[ends] = values[np.arange(len(rows)), at]
                 choice[ends] = at + begins.start
+            if k < last:
+                following[self._forbidden] = math.inf
             best = following
             choices.append(choice)
         if not math.isfinite(best[n]):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from fdg_cuda.backward_weights import BackwardWeights
@@ -46,6 +46,7 @@ def best_cut(
     *,
     hops: Sequence[Link] | None = None,
     state: int = SGD_STATE,
+    allowed: Collection[int] | None = None,
 ) -> Cut:
     """The cut into ``schedule.stages`` contiguous stages whose longest time is as short as possible,
     of those that fit into the devices' memories. Exact; of equal cuts the one that cuts earliest, and
@@ -60,22 +61,31 @@ def best_cut(
         mode: stages that run forwards again take their time too.
         hops: one per pair of neighbours; None: nothing takes time on its way.
         state: how many times the parameters' bytes an optimizer remembers.
+        allowed: layers with which stages but the first may begin; None: all.
 
     Raises:
         CutMemoryError: no cut fits.
-        ValueError: fewer layers than stages, or not one device per stage and one hop between two.
+        ValueError: fewer layers than stages, or cuts between them that are allowed; or not one device
+            per stage and one hop between two.
     """
     stages = schedule.stages
     links = [Link()] * (stages - 1) if hops is None else list(hops)
     if len(costs) < stages:
         raise ValueError(f"{len(costs)} layers cannot be cut into {stages} stages")
+    places = frozenset(range(1, len(costs)) if allowed is None else allowed)
+    if len(places) < stages - 1:
+        raise ValueError(
+            f"{len(costs)} layers cannot be cut into {stages} stages, since cuts are possible only "
+            f"before the layers {sorted(places)}: others lie between layers that share a parameter or "
+            f"buffer. Give at most {len(places) + 1} devices, or untie what is shared."
+        )
     if len(devices) != stages or len(links) != stages - 1:
         raise ValueError(
             f"{stages} stages need {stages} devices and {stages - 1} hops between them; got "
             f"{len(devices)} and {len(links)}"
         )
 
-    problem = _Problem(costs, devices, schedule, links, state)
+    problem = _Problem(costs, devices, schedule, links, state, places)
     search = problem.search(mode)
     split = search.best()
     if split is None:
@@ -94,13 +104,14 @@ class _Problem:
     schedule: Schedule
     links: Sequence[Link]
     state: int
+    allowed: frozenset[int]
 
     def holdings(self, mode: BackwardWeights) -> list[Holding]:
         stages = range(self.schedule.stages)
         return [Holding.of(self.schedule, mode, k, state=self.state) for k in stages]
 
     def search(self, mode: BackwardWeights) -> Search:
-        return Search(self.costs, self.holdings(mode), self.devices, self.links)
+        return Search(self.costs, self.holdings(mode), self.devices, self.links, self.allowed)
 
     def memory(self, split: list[int], mode: BackwardWeights) -> list[StageMemory]:
         ends = [*split, len(self.costs)]

@@ -89,21 +89,22 @@ class Machine(ABC):
     def links(self) -> list[Link]:
         """The ways between neighbouring stages."""
 
-    def best_cut(self, layers: Sequence[nn.Module], batch: Batch, loss_fn: LossFunction) -> Cut:
-        """Where to cut ``layers``, by what they cost on ``batch``.
+    def best_cut(self, chain: ModelChain, batch: Batch, loss_fn: LossFunction) -> Cut:
+        """Where to cut ``chain``, by what its layers cost on ``batch``.
 
         Raises:
             CutMemoryError: no cut fits into the devices' memories.
-            ValueError: fewer layers than stages.
+            ValueError: fewer layers, or cuts that can be made, than stages need.
         """
         return best_cut(
-            self.layer_costs(layers, batch, loss_fn),
-            self.device_specs(layers, batch, loss_fn),
+            self.layer_costs(chain.layers, batch, loss_fn),
+            self.device_specs(chain.layers, batch, loss_fn),
             self.schedule,
             self.mode,
             hops=self.links(),
             # What another optimizer remembers is not known before its first update; that of few is more.
             state=SGD_STATE if self.rule.optimizer is None else ADAM_STATE,
+            allowed=chain.allowed_cuts(),
         )
 
     @abstractmethod

@@ -85,7 +85,9 @@ class Planner:
     def _choice(self, stages: int, mode: BackwardWeights) -> Choice:
         schedule = Schedule("fdg", stages)
         costs, devices, links = self._costs(stages), self._devices(stages), self._links(stages)
-        cut = best_cut(costs, devices, schedule, mode, hops=links)
+        cut = best_cut(
+            costs, devices, schedule, mode, hops=links, allowed=self._chain.allowed_cuts()
+        )
         bounds = [0, *cut.split, len(costs)]
         parts = [costs[a:b] for a, b in pairwise(bounds)]
         times = [self._times(stages, k, parts, devices[k], links) for k in range(stages)]

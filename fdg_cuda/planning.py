@@ -75,7 +75,7 @@ def plan(
     chain.lay_out(sample)
     batch, loss = _batch(sample, target, loss_fn)
     planner = Planner(chain, batch, loss, places, parse_precision(precision, chain.model))
-    most = min(len(places.devices), len(chain.layers))
+    most = min(len(places.devices), 1 + len(chain.allowed_cuts()))
     rows = []
     with anew():
         for stages in numbers_of_stages(most):

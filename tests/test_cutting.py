@@ -102,14 +102,15 @@ def test_no_cut_is_better(seed: int) -> None:
     }
     devices = [DeviceSpec(name, memories[name], draw.choice([1.0, 0.5, 2.0])) for name in names]
 
+    allowed = sorted(draw.sample(range(1, n), draw.randint(stages - 1, n - 1)))
     every = {
         split: longest_and_needed(costs, split, devices, schedule, mode, hops)
-        for split in itertools.combinations(range(1, n), stages - 1)
+        for split in itertools.combinations(allowed, stages - 1)
     }
     possible = [longest for longest, needed in every.values() if fits(needed, devices)]
     if not possible:
         with pytest.raises(CutMemoryError) as caught:
-            best_cut(costs, devices, schedule, mode, hops=hops)
+            best_cut(costs, devices, schedule, mode, hops=hops, allowed=allowed)
         least = min(
             max(
                 sum(
@@ -123,7 +124,7 @@ def test_no_cut_is_better(seed: int) -> None:
         )
         assert caught.value.shortage_bytes == pytest.approx(least, rel=1e-3, abs=64)
         return
-    cut = best_cut(costs, devices, schedule, mode, hops=hops)
+    cut = best_cut(costs, devices, schedule, mode, hops=hops, allowed=allowed)
     assert check_split(cut.split, n, stages) == cut.split
     longest, needed = every[tuple(cut.split)]
     assert fits(needed, devices)
@@ -212,6 +213,8 @@ def test_what_fits_instead_is_said() -> None:
 def test_refusals() -> None:
     with pytest.raises(ValueError, match="2 layers cannot be cut into 3"):
         best_cut(EVEN[:2], cpus(3), FDG3, STASH)
+    with pytest.raises(ValueError, match=r"before the layers \[5\].*at most 2 devices"):
+        best_cut(EVEN, cpus(3), FDG3, STASH, allowed=[5])
     with pytest.raises(ValueError, match="need 3 devices and 2 hops"):
         best_cut(EVEN, cpus(2), FDG3, STASH)
     with pytest.raises(ValueError, match="need 3 devices and 2 hops"):

@@ -12,8 +12,8 @@ from chains import batches, mlp
 from torch import nn
 from torch.nn import functional as F
 
-from fdg_cuda import FDGRunner, layer_times
-from fdg_cuda.costs import LayerCost
+from fdg_cuda import FDGRunner, layer_times, plan
+from fdg_cuda.costs import LayerCost, measure
 
 COSTS = [LayerCost(1.0, 2.0)] * 4
 
@@ -111,6 +111,34 @@ def test_costs_are_remembered_for_each_mode_and_loss(monkeypatch: pytest.MonkeyP
         for number, loss in enumerate(losses):
             costs = [LayerCost(number, dropping)] * 2
             assert layer_times.remembered(layers, batch, loss, 1, lambda c=costs: c) == costs
+
+
+def tied() -> list[nn.Module]:
+    """Two users of one layer; the costs of all that is between them are the same."""
+    shared = nn.Linear(6, 6)
+    return [nn.Linear(6, 6), shared, nn.ReLU(), shared, nn.ReLU(), nn.Linear(6, 4)]
+
+
+def test_a_measured_cut_keeps_users_of_one_parameter_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("fdg_cuda.machine.remembered", lambda *_, **__: [LayerCost(1.0, 2.0)] * 6)
+    data = [(x.float(), y) for x, y in batches(2, last=None)]
+    runner = FDGRunner(tied(), ["cpu"] * 2)
+    runner.fit(data)
+    assert runner.split == [4]
+    runner = FDGRunner(tied(), ["cpu"] * 5)
+    with pytest.raises(ValueError, match=r"\[1, 4, 5\].*at most 4 devices"):
+        runner.fit(data)
+    planned = plan(tied(), data[0][0], ["cpu"] * 6, target=data[0][1], backward_weights="stash")
+    splits = [row.choice.split for row in planned.rows if row.choice is not None]
+    assert splits == [(), (4,), (1, 4), (1, 4, 5)]
+
+
+def test_what_layers_share_is_counted_once() -> None:
+    x, y = batches(1)[0]
+    first, shared, _, again, *_ = measure(tied(), (x.float(), y), F.cross_entropy, threads=1)
+    assert shared.parameter_bytes == first.parameter_bytes > 0 == again.parameter_bytes
 
 
 def test_no_folder_means_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
