@@ -33,6 +33,7 @@ from fdg_cuda.recorder import Recorder
 from fdg_cuda.schedule import Schedule
 from fdg_cuda.stage import Stage
 from fdg_cuda.stage_memory import ADAM_STATE, SGD_STATE
+from fdg_cuda.update_time import update_seconds_per_byte
 
 
 class Machine(ABC):
@@ -80,6 +81,10 @@ class Machine(ABC):
         """What each layer costs on one of the devices."""
 
     @abstractmethod
+    def update_seconds_per_byte(self) -> float:
+        """Of parameters, on the device of :meth:`layer_costs`."""
+
+    @abstractmethod
     def device_specs(
         self, layers: Sequence[nn.Module], batch: Batch, loss_fn: LossFunction
     ) -> list[DeviceSpec]:
@@ -104,6 +109,7 @@ class Machine(ABC):
             hops=self.links(),
             # What another optimizer remembers is not known before its first update; that of few is more.
             state=SGD_STATE if self.rule.optimizer is None else ADAM_STATE,
+            update_seconds_per_byte=self.update_seconds_per_byte(),
             allowed=chain.allowed_cuts(),
         )
 
@@ -196,6 +202,9 @@ class CpuMachine(Machine):
             return measure(layers, batch, loss_fn, threads=threads, precision=self.precision)
 
         return remembered(layers, batch, loss_fn, threads, measured, precision=self.precision)
+
+    def update_seconds_per_byte(self) -> float:
+        return update_seconds_per_byte(torch.device("cpu"), self._threads_per_stage())
 
     def device_specs(
         self, layers: Sequence[nn.Module], batch: Batch, loss_fn: LossFunction

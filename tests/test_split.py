@@ -12,7 +12,7 @@ from chains import batches, mlp
 from torch import nn
 from torch.nn import functional as F
 
-from fdg_cuda import FDGRunner, layer_times, plan
+from fdg_cuda import FDGRunner, layer_times, plan, update_time
 from fdg_cuda.costs import LayerCost, measure
 
 COSTS = [LayerCost(1.0, 2.0)] * 4
@@ -111,6 +111,28 @@ def test_costs_are_remembered_for_each_mode_and_loss(monkeypatch: pytest.MonkeyP
         for number, loss in enumerate(losses):
             costs = [LayerCost(number, dropping)] * 2
             assert layer_times.remembered(layers, batch, loss, 1, lambda c=costs: c) == costs
+
+
+def test_the_update_is_remembered_and_moves_the_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A layer with many weights is updated for longer than it computes."""
+    monkeypatch.setenv("FDG_CACHE_DIR", str(tmp_path))
+    layers = [LayerCost(1.0, 2.0)] * 3 + [LayerCost(1.0, 2.0, parameter_bytes=100)]
+    monkeypatch.setattr("fdg_cuda.machine.remembered", lambda *_, **__: layers)
+    measured = []
+
+    def measure(threads: int) -> float:
+        measured.append(threads)
+        return 9.0 / 100 * 4 * update_time.ELEMENTS
+
+    monkeypatch.setattr(update_time, "_on_cpu", measure)
+    for _ in range(2):
+        monkeypatch.setattr(layer_times, "_known", {})
+        runner = FDGRunner(mlp(layers=4), ["cpu"] * 2, cpu_threads=2)
+        runner.fit(batches(2))
+        assert runner.split == [3]
+    assert measured == [1]
 
 
 def tied() -> list[nn.Module]:
