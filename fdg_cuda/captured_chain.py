@@ -87,6 +87,9 @@ class CapturedChain(ModelChain):
     def point(self, cut: int) -> str:
         return self._graph.point(cut)
 
+    def allowed_cuts(self) -> list[int]:
+        return self._graph.allowed_cuts()
+
     def parts(self, cuts: Sequence[int]) -> list[list[nn.Module]]:
         self._stages = self._graph.stages(cuts)
         return [[stage] for stage in self._stages]

@@ -17,7 +17,7 @@ from fdg_cuda.buffers import SavedBuffers
 from fdg_cuda.chain import check_loss, check_output
 from fdg_cuda.errors import said_where
 from fdg_cuda.flat import padded_bytes
-from fdg_cuda.nested import Nested, distinct, map_distinct, tensors
+from fdg_cuda.nested import Nested, cloned, distinct, map_distinct, tensors
 from fdg_cuda.pipeline import LossFunction
 from fdg_cuda.precision import Precision
 from fdg_cuda.saved_bytes import SavedBytes
@@ -35,8 +35,9 @@ class LayerCost:
 
     Attributes:
         forward, backward: seconds.
-        parameter_bytes: trainable ones, as :class:`~fdg_cuda.flat.FlatMemory` lays them out.
-        fixed_bytes: buffers and frozen parameters.
+        parameter_bytes: trainable ones, as :class:`~fdg_cuda.flat.FlatMemory` lays them out; those that
+            several layers share, no cut between them, are the first one's.
+        fixed_bytes: buffers and frozen parameters, likewise.
         saved_bytes: what autograd keeps from forward to backward, beside parameters, buffers and the
             layer's input.
         input_bytes: what it takes.
@@ -76,6 +77,10 @@ def measure(
     counts the bytes. Where other programs share the processor, layers' smallest times, which do not fall
     into the same pass, add up to less than any pass took; medians add up to the median pass.
 
+    Measured one by one, each layer has an autograd graph of its own and clock readings around it, on
+    CUDA devices waits too: some 0.1 ms that stages do not have, and more than a small layer takes. So
+    every repeated pass also runs the chain as one piece, and layers' times are made to add up to its.
+
     Leaves no trace: buffers, gradients, the global random state and the thread count are as before.
 
     Args:
@@ -92,37 +97,75 @@ def measure(
         torch.set_num_threads(threads)
         with torch.random.fork_rng(devices=list(random_devices)), torch.enable_grad():
             counted = SavedBytes()
-            passes = _repeated(partial(chain.run, counted), chain.run)
+            passes = _repeated(partial(chain.run, counted), chain.run_and_whole)
     finally:
         torch.set_num_threads(previous_threads)
         buffers.restore()
         for parameter, gradient in gradients:
             parameter.grad = gradient
+    forwards = _seconds(passes, "forward")
+    backwards = _seconds(passes, "backward")
+    layers_passed = passes[0].layers
+    parameters = _where_first([list(layer.parameters()) for layer in layers])
+    buffers_of = _where_first([list(layer.buffers()) for layer in layers])
     return [
         LayerCost(
-            forward=statistics.median(each[number].forward for each in passes),
-            backward=statistics.median(each[number].backward for each in passes),
-            parameter_bytes=sum(padded_bytes(p) for p in layer.parameters() if p.requires_grad),
-            fixed_bytes=sum(b.nbytes for b in layer.buffers())
-            + sum(p.nbytes for p in layer.parameters() if not p.requires_grad),
+            forward=forwards[number],
+            backward=backwards[number],
+            parameter_bytes=sum(padded_bytes(p) for p in parameters[number] if p.requires_grad),
+            fixed_bytes=sum(b.nbytes for b in buffers_of[number])
+            + sum(p.nbytes for p in parameters[number] if not p.requires_grad),
             saved_bytes=counted.layers[number].saved,
-            input_bytes=passes[0][number].input_bytes,
-            output_bytes=passes[0][number].output_bytes,
-            error_bytes=passes[0][number].error_bytes,
+            input_bytes=layers_passed[number].input_bytes,
+            output_bytes=layers_passed[number].output_bytes,
+            error_bytes=layers_passed[number].error_bytes,
             kept_input_bytes=counted.layers[number].kept_input,
             kept_output_bytes=counted.layers[number].kept_output,
         )
-        for number, layer in enumerate(layers)
+        for number in range(len(layers))
     ]
 
 
-def _repeated(
-    first: Callable[[], list[_Passed]], again: Callable[[], list[_Passed]]
-) -> list[list[_Passed]]:
+def _where_first(tensors_of: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
+    """Each layer's, without those of layers before: a stage has what its layers share once."""
+    seen: set[int] = set()
+    first = []
+    for own in tensors_of:
+        first.append([tensor for tensor in own if id(tensor) not in seen])
+        seen.update(map(id, own))
+    return first
+
+
+def _seconds(passes: Sequence[_Pass], direction: str) -> list[float]:
+    """Of each layer's forward, or backward."""
+    apart = [[getattr(layer, direction) for layer in each.layers] for each in passes]
+    medians = [statistics.median(layer) for layer in zip(*apart, strict=True)]
+    # Of the same pass, since what disturbs a machine for a while disturbs both.
+    ratios = [
+        getattr(each.whole, direction) / sum(seconds)
+        for each, seconds in zip(passes, apart, strict=True)
+        if each.whole is not None and sum(seconds) > 0
+    ]
+    return as_one(medians, sum(medians) * statistics.median(ratios)) if ratios else medians
+
+
+def as_one(apart: Sequence[float], whole: float) -> list[float]:
+    """What layers that took so many seconds one by one take in a chain that takes ``whole``.
+
+    The excess is the same for each that took any time at all; the rest is in proportion.
+    """
+    excess = max(0.0, sum(apart) - whole) / max(1, sum(seconds > 0 for seconds in apart))
+    left = [max(0.0, seconds - excess) for seconds in apart]
+    total = sum(left)
+    return [seconds * whole / total for seconds in left] if total > 0 else left
+
+
+def _repeated(first: Callable[[], _Pass], again: Callable[[], _Pass]) -> list[_Pass]:
     """What passes came to: those behind the first, or the first if there is no time for more."""
     begin = time.perf_counter()
     passes = [first()]
-    spent = longest = time.perf_counter() - begin
+    spent = time.perf_counter() - begin
+    longest = 2 * spent  # those that follow run the chain twice
     while len(passes) <= MOST_PASSES and spent + longest <= LIMIT_SECONDS:
         if len(passes) > LEAST_PASSES and spent >= ENOUGH_SECONDS:
             break
@@ -143,8 +186,16 @@ class _Passed:
     error_bytes: int = 0
 
 
+@dataclass
+class _Pass:
+    """``layers`` one by one, and all of them as one piece; of that only the seconds. None: not run."""
+
+    layers: list[_Passed]
+    whole: _Passed | None = None
+
+
 class _Chain:
-    """``layers`` one by one, each with an autograd graph of its own, as stages have."""
+    """``layers`` one by one, each with an autograd graph of its own, and all in one."""
 
     def __init__(
         self,
@@ -160,15 +211,20 @@ class _Chain:
         self._precision = precision
         self._synchronize = synchronize
 
-    def run(self, counted: SavedBytes | None = None) -> list[_Passed]:
+    def run_and_whole(self) -> _Pass:
+        """A pass of both kinds."""
+        return _Pass(self.run().layers, self._run_whole())
+
+    def run(self, counted: SavedBytes | None = None) -> _Pass:
         """A forward and a backward of every layer. ``counted``: takes note of what autograd keeps."""
         passed = [_Passed() for _ in self._layers]
         x = map_distinct(torch.detach, self._batch[0])
+        target = cloned(self._batch[1])  # a loss may change it
         taken: list[list[Tensor]] = []
         given: list[list[Tensor]] = []
         for number, each in enumerate(passed):
             leaf = map_distinct(_leaf, x)
-            x = self._forward(number, leaf, each, counted)
+            x = self._forward(number, leaf, target, each, counted)
             taken.append(distinct(leaf))
             given.append(distinct(x))
             each.input_bytes = sum(tensor.nbytes for tensor in taken[-1])
@@ -176,24 +232,47 @@ class _Chain:
         errors: list[Tensor | None] = [None]  # autograd's 1, for the loss
         for number in reversed(range(len(passed))):
             last = number == len(passed) - 1
-            begin = self._now()
             roots = [
                 (output, error)
                 for output, error in zip(given[number], errors, strict=True)
                 if output.requires_grad and (error is not None or last)
             ]
             if roots:
+                begin = self._now()
                 torch.autograd.backward([root for root, _ in roots], [error for _, error in roots])
-            passed[number].backward = self._now() - begin
+                passed[number].backward = self._now() - begin
             errors = [leaf.grad for leaf in taken[number]]
             if number > 0:
                 passed[number].error_bytes = sum(e.nbytes for e in errors if e is not None)
             for parameter in self._layers[number].parameters():
                 parameter.grad = None
+        return _Pass(passed)
+
+    def _run_whole(self) -> _Passed:
+        """As a single stage does it."""
+        passed = _Passed()
+        x, target = cloned(self._batch[0]), cloned(self._batch[1])
+        begin = self._now()
+        with said_where("the layers one behind the other, at the first batch"), self._autocast():
+            for layer in self._layers:
+                x = layer(x)
+            loss = self._loss(x, target)
+        passed.forward = self._now() - begin
+        begin = self._now()
+        torch.autograd.backward([loss])
+        passed.backward = self._now() - begin
+        for layer in self._layers:
+            for parameter in layer.parameters():
+                parameter.grad = None
         return passed
 
     def _forward(
-        self, number: int, leaf: Nested, passed: _Passed, counted: SavedBytes | None
+        self,
+        number: int,
+        leaf: Nested,
+        target: Nested,
+        passed: _Passed,
+        counted: SavedBytes | None,
     ) -> Nested:
         layer = self._layers[number]
         # A copy, since a layer may work in place on its input.
@@ -209,7 +288,7 @@ class _Chain:
             check_output(output, f"layer {number}")
             if last:
                 with said_where("the loss of the first batch"), self._autocast():
-                    given = check_loss(self._loss(output, self._batch[1]), 0)
+                    given = check_loss(self._loss(output, target), 0)
             passed.forward = self._now() - begin
         if counted is not None:
             counted.end(output)

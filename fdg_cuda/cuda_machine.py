@@ -35,6 +35,7 @@ from fdg_cuda.recorder import Recorder
 from fdg_cuda.schedule import Schedule
 from fdg_cuda.stage import Stage
 from fdg_cuda.stage_memory import SPARE
+from fdg_cuda.update_time import update_seconds_per_byte
 
 logger = logging.getLogger("fdg_cuda")
 
@@ -183,7 +184,7 @@ class CudaMachine(Machine):
         def measured() -> list[LayerCost]:
             return measure(layers, cpu, loss_fn, threads=threads, precision=self.precision)
 
-        return remembered(layers, cpu, threads, measured, precision=self.precision)
+        return remembered(layers, cpu, loss_fn, threads, measured, precision=self.precision)
 
     def _costs_on(
         self, ordinal: int, layers: Sequence[nn.Module], batch: Batch, loss_fn: LossFunction
@@ -207,7 +208,14 @@ class CudaMachine(Machine):
             )
 
         name = accelerator().name(ordinal)
-        return remembered(layers, batch, 1, measured, device=name, precision=self.precision)
+        return remembered(
+            layers, batch, loss_fn, 1, measured, device=name, precision=self.precision
+        )
+
+    def update_seconds_per_byte(self) -> float:
+        return update_seconds_per_byte(
+            accelerator().device(self._ordinals[0]), torch.get_num_threads()
+        )
 
     def device_specs(
         self, layers: Sequence[nn.Module], batch: Batch, loss_fn: LossFunction

@@ -2,13 +2,16 @@
 
 A stage of layers i..j-1 takes
 
-    time(i, j)   = max(seconds of its forwards and backwards, seconds its send stream is busy)
+    time(i, j)   = max(seconds of its forwards, backwards and update, seconds its send stream is busy)
     memory(i, j) = end(j) - begin(i)
 
 where all sums over layers are differences of sums from the chain's beginning. Stage by stage,
 ``best[j]`` is the smallest longest time with which the stages so far can hold layers 0..j-1:
 
     best'[j] = min over i of max(best[i], time(i, j))    where memory(i, j) fits
+
+The round trip between the last two stages is a matter of the last but one: where that ends, the last one
+begins.
 
 K stages and n layers take K n^2 / 2 steps, as numpy operations on blocks, and fewer since stages that
 would take longer than the best cut are not looked at.
@@ -17,7 +20,7 @@ would take longer than the best cut are not looked at.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, fields
 from itertools import groupby, pairwise
 from types import SimpleNamespace
@@ -70,8 +73,13 @@ class Search:
         holdings: Sequence[Holding],
         devices: Sequence[DeviceSpec],
         links: Sequence[Link],
+        allowed: Collection[int],
+        *,
+        update_seconds_per_byte: float,
+        round_trip: bool,
     ) -> None:
         self._n, self._stages = len(costs), len(holdings)
+        self._forbidden = np.array([cut not in allowed for cut in range(self._n + 1)])
         self._runs = _runs(devices)
         self._run_of = [run for run in self._runs for _ in run.stages]
         columns = SimpleNamespace(
@@ -87,9 +95,12 @@ class Search:
         self.down: list[Array] = []
         self.end: list[Array] = []
         self.begin: list[Array] = []
+        behind_backward: list[Array] = []
         for k, (device, holding) in enumerate(zip(devices, holdings, strict=True)):
-            taken = holding.forwards * columns.forward + columns.backward
-            self.seconds.append(_summed(taken) / device.speed)
+            computing = holding.forwards * columns.forward + columns.backward
+            update = columns.parameter_bytes * update_seconds_per_byte
+            self.seconds.append(_summed(computing + update) / device.speed)
+            behind_backward.append(_summed(columns.forward + update) / device.speed)
             up = none if holding.is_last else links[k].seconds(columns.output_bytes)
             down = none if holding.is_first else links[k - 1].seconds(columns.error_bytes)
             self.up.append(np.append(0.0, up))
@@ -99,6 +110,12 @@ class Search:
             first = _total(holding.of_first(columns)) + none
             self.end.append(held + np.append(0.0, last))
             self.begin.append(held - np.append(first, 0.0))
+        # Of the last stage's forward and backward, and the hops there and back, by where it begins.
+        self._beyond: Array | None = None
+        if round_trip and self._stages > 1 and (self.up[-2].any() or self.down[-1].any()):
+            last_stage = _summed(computing) / devices[-1].speed
+            self._beyond = last_stage[-1] - last_stage + self.up[-2] + self.down[-1]
+            self._behind_backward = behind_backward[-2]
 
     # -- what is asked for ------------------------------------------------------------------------
 
@@ -161,7 +178,7 @@ class Search:
     # -- of a whole split -------------------------------------------------------------------------
 
     def stage_seconds(self, split: list[int]) -> list[float]:
-        """Each stage's, of its forwards and backward."""
+        """Each stage's, of its forwards, backward and update."""
         return [
             float(s[j] - s[i]) for s, (i, j) in zip(self.seconds, self.bounds(split), strict=True)
         ]
@@ -170,6 +187,13 @@ class Search:
         """Each stage's, of its send stream."""
         bounds = zip(self.up, self.down, self.bounds(split), strict=True)
         return [float(up[j] + down[i]) for up, down, (i, j) in bounds]
+
+    def round_trip_seconds(self, split: list[int]) -> float:
+        """Half of a batch's way to the last stage and back, the work of the one before included."""
+        if self._beyond is None:
+            return 0.0
+        begin, end = self.bounds(split)[-2]
+        return float(self._round_trip(slice(end, end + 1), slice(begin, begin + 1)).item())
 
     def shortage(self, split: list[int]) -> tuple[float, Run]:
         """The largest there is: bytes, negative if there are as many left, and where."""
@@ -183,7 +207,9 @@ class Search:
         return list(pairwise([0, *split, self._n]))
 
     def _longest(self, split: list[int]) -> float:
-        return max(*self.stage_seconds(split), *self.send_seconds(split))
+        return max(
+            *self.stage_seconds(split), *self.send_seconds(split), self.round_trip_seconds(split)
+        )
 
     def _fits(self, split: list[int]) -> bool:
         return self.shortage(split)[0] <= 0
@@ -232,6 +258,8 @@ class Search:
                 at = values.argmin(axis=1)
                 following[ends] = values[np.arange(len(rows)), at]
                 choice[ends] = at + begins.start
+            if k < last:
+                following[self._forbidden] = math.inf
             best = following
             choices.append(choice)
         if not math.isfinite(best[n]):
@@ -251,10 +279,23 @@ class Search:
         return max(int(begin), k)
 
     def _time(self, k: int, ends: slice, begins: slice) -> Array:
-        computing = self.seconds[k][ends, None] - self.seconds[k][begins]
-        if not (self.up[k].any() or self.down[k].any()):
-            return computing
-        return np.maximum(computing, self.up[k][ends, None] + self.down[k][begins])
+        time: Array = self.seconds[k][ends, None] - self.seconds[k][begins]
+        if self.up[k].any() or self.down[k].any():
+            time = np.maximum(time, self.up[k][ends, None] + self.down[k][begins])
+        if self._beyond is not None and k == self._stages - 2:
+            time = np.maximum(time, self._round_trip(ends, begins))
+        return time
+
+    def _round_trip(self, ends: slice, begins: slice) -> Array:
+        """Half of it, for the last stage but one."""
+        assert self._beyond is not None
+        k = self._stages - 2
+        working = self.seconds[k][ends, None] - self.seconds[k][begins]
+        # The way up waits until the error signals, made before the update and the forward, went down.
+        behind = self._behind_backward[ends, None] - self._behind_backward[begins]
+        waiting = np.maximum(self.down[k][begins] - behind, 0.0)
+        half: Array = (working + waiting + self._beyond[ends, None]) / 2
+        return half
 
     def _memory(self, k: int, ends: slice, begins: slice) -> Array:
         needed: Array = self.end[k][ends, None] - self.begin[k][begins]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from fdg_cuda.backward_weights import BackwardWeights
@@ -21,21 +21,24 @@ class Cut:
 
     Attributes:
         split: layers with which stages 1, 2, ... begin.
-        stage_seconds: per stage, of its forward and backward of one batch.
+        stage_seconds: per stage, of its forward, backward and update for one batch.
         hop_seconds: per stage, in which its send stream is busy with one batch: its activations on
             their way up and its error signals on their way down.
         memory: per stage.
+        round_trip_seconds: of a tick, that a batch's way from the stage before the last to the last and
+            back leaves room for; 0 where nothing waits for it, or takes time on the way.
     """
 
     split: list[int]
     stage_seconds: list[float]
     hop_seconds: list[float]
     memory: list[StageMemory]
+    round_trip_seconds: float = 0.0
 
     @property
     def longest(self) -> float:
-        """Seconds of a tick: of the stage, or the send stream, that takes longest."""
-        return max(*self.stage_seconds, *self.hop_seconds)
+        """Seconds of a tick: of the stage, the send stream or the round trip that takes longest."""
+        return max(*self.stage_seconds, *self.hop_seconds, self.round_trip_seconds)
 
 
 def best_cut(
@@ -46,10 +49,18 @@ def best_cut(
     *,
     hops: Sequence[Link] | None = None,
     state: int = SGD_STATE,
+    update_seconds_per_byte: float = 0.0,
+    allowed: Collection[int] | None = None,
 ) -> Cut:
     """The cut into ``schedule.stages`` contiguous stages whose longest time is as short as possible,
     of those that fit into the devices' memories. Exact; of equal cuts the one that cuts earliest, and
     where stages share a device whose memory is short, the one that needs least.
+
+    A stage's time is that of its forward, backward and update, or of its send stream if that is longer.
+    In ``"fdg"`` a batch comes back to the stage before the last two ticks after it was forwarded there,
+    so that two ticks take no less than that round trip, which counts too. Left out are round trips
+    through more stages, which matter only where hops take longer than stages, and in ``"ddg"`` the chain
+    of forwards within a tick.
 
     In ``"bp"``, where stages take turns, the longest stage says less; it is cut the same way.
 
@@ -60,28 +71,42 @@ def best_cut(
         mode: stages that run forwards again take their time too.
         hops: one per pair of neighbours; None: nothing takes time on its way.
         state: how many times the parameters' bytes an optimizer remembers.
+        update_seconds_per_byte: of parameters, on a device of speed 1.
+        allowed: layers with which stages but the first may begin; None: all.
 
     Raises:
         CutMemoryError: no cut fits.
-        ValueError: fewer layers than stages, or not one device per stage and one hop between two.
+        ValueError: fewer layers than stages, or cuts between them that are allowed; or not one device
+            per stage and one hop between two.
     """
     stages = schedule.stages
     links = [Link()] * (stages - 1) if hops is None else list(hops)
     if len(costs) < stages:
         raise ValueError(f"{len(costs)} layers cannot be cut into {stages} stages")
+    places = frozenset(range(1, len(costs)) if allowed is None else allowed)
+    if len(places) < stages - 1:
+        raise ValueError(
+            f"{len(costs)} layers cannot be cut into {stages} stages, since cuts are possible only "
+            f"before the layers {sorted(places)}: others lie between layers that share a parameter or "
+            f"buffer. Give at most {len(places) + 1} devices, or untie what is shared."
+        )
     if len(devices) != stages or len(links) != stages - 1:
         raise ValueError(
             f"{stages} stages need {stages} devices and {stages - 1} hops between them; got "
             f"{len(devices)} and {len(links)}"
         )
 
-    problem = _Problem(costs, devices, schedule, links, state)
+    problem = _Problem(costs, devices, schedule, links, state, update_seconds_per_byte, places)
     search = problem.search(mode)
     split = search.best()
     if split is None:
         raise problem.lack(mode)
     return Cut(
-        split, search.stage_seconds(split), search.send_seconds(split), problem.memory(split, mode)
+        split,
+        search.stage_seconds(split),
+        search.send_seconds(split),
+        problem.memory(split, mode),
+        search.round_trip_seconds(split),
     )
 
 
@@ -94,13 +119,23 @@ class _Problem:
     schedule: Schedule
     links: Sequence[Link]
     state: int
+    update_seconds_per_byte: float
+    allowed: frozenset[int]
 
     def holdings(self, mode: BackwardWeights) -> list[Holding]:
         stages = range(self.schedule.stages)
         return [Holding.of(self.schedule, mode, k, state=self.state) for k in stages]
 
     def search(self, mode: BackwardWeights) -> Search:
-        return Search(self.costs, self.holdings(mode), self.devices, self.links)
+        return Search(
+            self.costs,
+            self.holdings(mode),
+            self.devices,
+            self.links,
+            self.allowed,
+            update_seconds_per_byte=self.update_seconds_per_byte,
+            round_trip=self.schedule.method == "fdg",
+        )
 
     def memory(self, split: list[int], mode: BackwardWeights) -> list[StageMemory]:
         ends = [*split, len(self.costs)]

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from fdg_cuda.chain import check_shared
 from fdg_cuda.model_chain import ModelChain, check_own_hooks
 from fdg_cuda.names import did_you_mean
 from fdg_cuda.nested import Nested
@@ -70,6 +71,19 @@ class LayerChain(ModelChain):
 
     def point(self, cut: int) -> str:
         return list(self.model._modules)[cut]
+
+    def allowed_cuts(self) -> list[int]:
+        layers, cuts = self._layers, range(1, len(self._layers))
+        if self._can_be_apart([[layer] for layer in layers]):
+            return list(cuts)
+        return [cut for cut in cuts if self._can_be_apart([layers[:cut], layers[cut:]])]
+
+    def _can_be_apart(self, stages: Sequence[Sequence[nn.Module]]) -> bool:
+        try:
+            check_shared(self.model, stages)
+        except ValueError:
+            return False
+        return True
 
     def parts(self, cuts: Sequence[int]) -> list[list[nn.Module]]:
         bounds = [0, *check_split(cuts, len(self._layers), len(cuts) + 1), len(self._layers)]

@@ -1,4 +1,4 @@
-"""Measured costs of layers, remembered.
+"""Measured costs of layers, and of updates, remembered.
 
 Times differ a little from one measurement to the next, and with them the cut, and with the cut the
 trained weights. Remembering them makes the same command give the same bits on the same machine
@@ -20,20 +20,23 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from fdg_cuda.batches import Batch
 from fdg_cuda.costs import LayerCost
-from fdg_cuda.graph_stage import GraphStage
+from fdg_cuda.graph_stage import GraphStage, modes_of
 from fdg_cuda.nested import map_tensors
+from fdg_cuda.pipeline import LossFunction
 from fdg_cuda.precision import Precision
+
+Measured = TypeVar("Measured")
 
 logger = logging.getLogger("fdg_cuda")
 
-_known: dict[str, list[LayerCost]] = {}
+_known: dict[str, Any] = {}
 # Inside of `anew`: the keys that were measured there.
 _measured_anew: ContextVar[set[str] | None] = ContextVar("measured anew", default=None)
 
@@ -50,6 +53,7 @@ def cache_file() -> Path | None:
 def remembered(
     layers: Sequence[nn.Module],
     batch: Batch,
+    loss: LossFunction,
     threads: int,
     measure: Callable[[], list[LayerCost]],
     *,
@@ -57,20 +61,46 @@ def remembered(
     precision: Precision = Precision.FLOAT32,
 ) -> list[LayerCost]:
     """The cost of each layer as measured earlier under the same circumstances, else ``measure()``."""
-    key = _key(layers, batch, threads, device, precision)
+    key = _key(layers, batch, loss, threads, device, precision)
+    return _recalled(
+        key, measure, pack=_packed, unpack=lambda stored: _unpacked(stored, len(layers))
+    )
+
+
+def remembered_number(
+    what: str, threads: int, measure: Callable[[], float], *, device: str = "cpu"
+) -> float:
+    """As :func:`remembered`, of something that is a matter of the machine only."""
+    key = _hashed([*_machine(threads, device), what])
+
+    def unpacked(stored: Any) -> float | None:
+        column: Any = stored.get(what) if isinstance(stored, dict) else None
+        return float(column[0]) if _are_numbers(column) and len(column) == 1 else None
+
+    return _recalled(key, measure, pack=lambda number: {what: [number]}, unpack=unpacked)
+
+
+def _recalled(
+    key: str,
+    measure: Callable[[], Measured],
+    *,
+    pack: Callable[[Measured], dict[str, list[float]]],
+    unpack: Callable[[Any], Measured | None],
+) -> Measured:
     fresh = _measured_anew.get()
     if fresh is not None and key not in fresh:
         fresh.add(key)
-        costs = measure()
-        _write(key, costs)
-        _known[key] = costs
+        measured = measure()
+        _write(key, pack(measured))
+        _known[key] = measured
     elif key not in _known:
-        stored = _unpacked(_read().get(key), len(layers))
+        stored = unpack(_read().get(key))
         if stored is None:
             stored = measure()
-            _write(key, stored)
+            _write(key, pack(stored))
         _known[key] = stored
-    return _known[key]
+    known: Measured = _known[key]
+    return known
 
 
 @contextmanager
@@ -85,26 +115,41 @@ def anew() -> Iterator[None]:
 
 
 def _key(
-    layers: Sequence[nn.Module], batch: Batch, threads: int, device: str, precision: Precision
+    layers: Sequence[nn.Module],
+    batch: Batch,
+    loss: LossFunction,
+    threads: int,
+    device: str,
+    precision: Precision,
 ) -> str:
     def shape(tensor: Tensor) -> str:
         return f"{tuple(tensor.shape)} {tensor.stride()} {tensor.dtype}"
 
     circumstances = [
-        torch.__version__,
-        platform.machine(),
-        _cpu_name(),
-        str(threads),
-        device,
+        *_machine(threads, device),
         precision.value,
+        _loss_name(loss),
         *(str(map_tensors(shape, part)) for part in batch),
         *(
-            f"{layer}{_calls(layer)} "
+            f"{layer}{_calls(layer)} {modes_of(layer)} "
             f"{[(name, shape(p), p.requires_grad) for name, p in layer.named_parameters()]}"
             for layer in layers
         ),
     ]
+    return _hashed(circumstances)
+
+
+def _machine(threads: int, device: str) -> list[str]:
+    return [torch.__version__, platform.machine(), _cpu_name(), str(threads), device]
+
+
+def _hashed(circumstances: Sequence[str]) -> str:
     return hashlib.sha256("\n".join(circumstances).encode()).hexdigest()
+
+
+def _loss_name(loss: LossFunction) -> str:
+    named: Any = loss if hasattr(loss, "__qualname__") else type(loss)
+    return f"{named.__module__}.{named.__qualname__}"
 
 
 def _calls(layer: nn.Module) -> str:
@@ -159,13 +204,13 @@ def _read() -> dict[str, Any]:
     return stored
 
 
-def _write(key: str, costs: Sequence[LayerCost]) -> None:
+def _write(key: str, packed: dict[str, list[float]]) -> None:
     file = cache_file()
     if file is None:
         return
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        content = json.dumps({**_read(), key: _packed(costs)}, indent=1)
+        content = json.dumps({**_read(), key: packed}, indent=1)
         with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as temporary:
             temporary.write(content)
         os.replace(temporary.name, file)

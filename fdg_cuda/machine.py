@@ -33,6 +33,7 @@ from fdg_cuda.recorder import Recorder
 from fdg_cuda.schedule import Schedule
 from fdg_cuda.stage import Stage
 from fdg_cuda.stage_memory import ADAM_STATE, SGD_STATE
+from fdg_cuda.update_time import update_seconds_per_byte
 
 
 class Machine(ABC):
@@ -82,6 +83,10 @@ class Machine(ABC):
         """What each layer costs on one of the devices."""
 
     @abstractmethod
+    def update_seconds_per_byte(self) -> float:
+        """Of parameters, on the device of :meth:`layer_costs`."""
+
+    @abstractmethod
     def device_specs(
         self, layers: Sequence[nn.Module], batch: Batch, loss_fn: LossFunction
     ) -> list[DeviceSpec]:
@@ -91,21 +96,23 @@ class Machine(ABC):
     def links(self) -> list[Link]:
         """The ways between neighbouring stages."""
 
-    def best_cut(self, layers: Sequence[nn.Module], batch: Batch, loss_fn: LossFunction) -> Cut:
-        """Where to cut ``layers``, by what they cost on ``batch``.
+    def best_cut(self, chain: ModelChain, batch: Batch, loss_fn: LossFunction) -> Cut:
+        """Where to cut ``chain``, by what its layers cost on ``batch``.
 
         Raises:
             CutMemoryError: no cut fits into the devices' memories.
-            ValueError: fewer layers than stages.
+            ValueError: fewer layers, or cuts that can be made, than stages need.
         """
         return best_cut(
-            self.layer_costs(layers, batch, loss_fn),
-            self.device_specs(layers, batch, loss_fn),
+            self.layer_costs(chain.layers, batch, loss_fn),
+            self.device_specs(chain.layers, batch, loss_fn),
             self.schedule,
             self.mode,
             hops=self.links(),
             # What another optimizer remembers is not known before its first update; that of few is more.
             state=SGD_STATE if self.rule.optimizer is None else ADAM_STATE,
+            update_seconds_per_byte=self.update_seconds_per_byte(),
+            allowed=chain.allowed_cuts(),
         )
 
     @abstractmethod
@@ -196,7 +203,10 @@ class CpuMachine(Machine):
         def measured() -> list[LayerCost]:
             return measure(layers, batch, loss_fn, threads=threads, precision=self.precision)
 
-        return remembered(layers, batch, threads, measured, precision=self.precision)
+        return remembered(layers, batch, loss_fn, threads, measured, precision=self.precision)
+
+    def update_seconds_per_byte(self) -> float:
+        return update_seconds_per_byte(torch.device("cpu"), self._threads_per_stage())
 
     def device_specs(
         self, layers: Sequence[nn.Module], batch: Batch, loss_fn: LossFunction

@@ -79,6 +79,10 @@ class ModelChain(ABC):
         """What begins at ``cut``, for people: the name of a submodule if one does."""
 
     @abstractmethod
+    def allowed_cuts(self) -> list[int]:
+        """All that can be made, in any combination."""
+
+    @abstractmethod
     def parts(self, cuts: Sequence[int]) -> list[list[nn.Module]]:
         """The layers of each of ``len(cuts) + 1`` stages.
 

@@ -60,7 +60,6 @@ class Planner:
         self._places = places
         self._precision = precision
         self.note = ""
-        self._update: dict[int, float] = {}  # [threads] seconds per byte
 
     def row(self, stages: int, modes: Sequence[BackwardWeights]) -> Row:
         """The best choice for so many stages."""
@@ -90,7 +89,15 @@ class Planner:
     def _choice(self, stages: int, mode: BackwardWeights) -> Choice:
         schedule = Schedule("fdg", stages)
         costs, devices, links = self._costs(stages), self._devices(stages), self._links(stages)
-        cut = best_cut(costs, devices, schedule, mode, hops=links)
+        cut = best_cut(
+            costs,
+            devices,
+            schedule,
+            mode,
+            hops=links,
+            update_seconds_per_byte=self._update_seconds_per_byte(stages),
+            allowed=self._chain.allowed_cuts(),
+        )
         bounds = [0, *cut.split, len(costs)]
         parts = [costs[a:b] for a, b in pairwise(bounds)]
         times = [self._times(stages, k, parts, devices[k], links) for k in range(stages)]
@@ -125,7 +132,7 @@ class Planner:
         return StagePlan(
             device=device.name,
             begins_at=self._chain.point(begins[k]),
-            seconds=cut.stage_seconds[k] + times.update,
+            seconds=cut.stage_seconds[k],
             busy=replay.timeline.stages[k].busy,
             memory_bytes=cut.memory[k].total,
             up_bytes=0 if last else parts[k][-1].output_bytes,
@@ -230,6 +237,4 @@ class Planner:
 
     def _update_seconds_per_byte(self, stages: int) -> float:
         threads = share_of_cores(None, stages if self._places.share_cores else 1)
-        if threads not in self._update:
-            self._update[threads] = update_seconds_per_byte(self._places.here[0], threads)
-        return self._update[threads]
+        return update_seconds_per_byte(self._places.here[0], threads)

@@ -79,7 +79,7 @@ def plan(
         on_progress("running the model on the sample")
         lay_out(chain, sample, parsed)
         planner = Planner(chain, batch, loss, places, parsed)
-        most = min(len(places.devices), len(chain.layers))
+        most = min(len(places.devices), 1 + len(chain.allowed_cuts()))
         rows = []
         for stages in numbers_of_stages(most):
             on_progress(f"planning {stages} stage{'s' if stages > 1 else ''}")

@@ -91,7 +91,9 @@ class SavedBytes:
         address = _address(tensor)
         if address not in self._registered:
             self._saved[address] = _storage_bytes(tensor)
-        return tensor
+        # Itself, where it is what its operation gives, would hold the operation that holds it: a cycle
+        # that nothing breaks if no backward comes.
+        return tensor.detach()
 
 
 def _address(tensor: Tensor) -> int:

@@ -144,6 +144,7 @@ class StagedModel:
             CheckpointError: the checkpoint cannot be gone on from.
             ModelCaptureError: the model cannot be captured, or not be cut as asked.
             CutMemoryError: no cut fits into the devices' memories.
+            ValueError: too few cuts do not lie between layers that share a parameter.
         """
         kept = None if saver is None else saver.begin()
         if not self.chain.is_laid_out:
@@ -159,7 +160,7 @@ class StagedModel:
             if not self.stages:
                 self._cut(kept["split"])
         if not self.stages:
-            self._cut(self._machine.best_cut(self.chain.layers, batches.first(), loss_fn).split)
+            self._cut(self._machine.best_cut(self.chain, batches.first(), loss_fn).split)
 
     def _check_pieces(self, theirs: int | None) -> None:
         ours = self.chain.pieces

@@ -10,20 +10,32 @@ import torch
 from torch import nn
 
 from fdg_cuda.flat import FlatMemory
+from fdg_cuda.layer_times import remembered_number
 
 ELEMENTS = 1 << 22  # float32: beyond any cache, so that the memory's bandwidth decides
 REPEATS = 7
 
 
 def update_seconds_per_byte(device: torch.device, threads: int) -> float:
-    """Seconds per byte of parameters, for an update with momentum and weight decay.
+    """Seconds per byte of parameters, for an update with momentum and weight decay; measured once, and
+    remembered as layers' costs are.
 
     Args:
         device: where it would run.
         threads: that share it, on the CPU.
     """
-    seconds = _on_cpu(threads) if device.type == "cpu" else _on_cuda(device)
-    return seconds / (4 * ELEMENTS)
+    on_cpu = device.type == "cpu"
+
+    def measure() -> float:
+        seconds = _on_cpu(threads) if on_cpu else _on_cuda(device)
+        return seconds / (4 * ELEMENTS)
+
+    return remembered_number(
+        "update_seconds_per_byte",
+        threads if on_cpu else 1,
+        measure,
+        device="cpu" if on_cpu else torch.cuda.get_device_name(device),
+    )
 
 
 def _on_cpu(threads: int) -> float:

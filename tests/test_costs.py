@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
+import weakref
 from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import ClassVar
 
 import pytest
 import torch
@@ -39,12 +43,24 @@ def test_measuring_leaves_no_trace() -> None:
     random_state, threads = torch.get_rng_state(), torch.get_num_threads()
     measured = measure(layers, BATCH, CROSS_ENTROPY, threads=1)
     assert len(measured) == 5
-    assert all(cost.forward > 0 and cost.backward > 0 for cost in measured)
+    assert sum(cost.forward for cost in measured) > 0 < sum(cost.backward for cost in measured)
     assert torch.equal(torch.get_rng_state(), random_state)
     assert torch.get_num_threads() == threads
     assert all(p.grad is None for p in model.parameters())
     for key, value in model.state_dict().items():
         assert torch.equal(value, before[key])
+
+
+def test_every_pass_has_its_own_target() -> None:
+    """A loss may change it, its containers too, as in training."""
+
+    def loss(output: Tensor, target: dict[str, Tensor]) -> Tensor:
+        return F.cross_entropy(output, target.pop("labels").remainder_(2))
+
+    target = {"labels": BATCH[1] + 4}
+    before = target["labels"].clone()
+    measure([nn.Linear(FEATURES, CLASSES).double()], (BATCH[0], target), loss, threads=1)
+    assert torch.equal(target["labels"], before)
 
 
 def test_bytes_of_a_chain() -> None:
@@ -159,8 +175,40 @@ def test_a_captured_chain() -> None:
         assert measured[cut].error_bytes == crossing
 
 
+class Exponential(nn.Module):
+    """Autograd keeps what it gives; ``alive``: weak references to that."""
+
+    alive: ClassVar[list[weakref.ref[Tensor]]] = []
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        kept = x.exp()
+        self.alive.append(weakref.ref(kept))
+        return kept * 1, x
+
+
+class Second(nn.Module):
+    def forward(self, hop: tuple[Tensor, Tensor]) -> Tensor:
+        return hop[1]
+
+
+class Failing(nn.Module):
+    def forward(self, hop: tuple[Tensor, Tensor]) -> Tensor:
+        raise torch.OutOfMemoryError("as on a full device")
+
+
+@pytest.mark.parametrize("behind", [Second, Failing])
+def test_what_no_backward_reaches_is_freed(behind: type[nn.Module]) -> None:
+    Exponential.alive.clear()
+    layers = [nn.Linear(FEATURES, CLASSES).double(), Exponential(), behind()]
+    with pytest.raises(torch.OutOfMemoryError) if behind is Failing else nullcontext():
+        measure(layers, BATCH, CROSS_ENTROPY, threads=1)
+    gc.collect()
+    assert Exponential.alive
+    assert all(kept() is None for kept in Exponential.alive)
+
+
 class Clock:
-    """Passes of so many seconds."""
+    """Passes of so many seconds, the first of half as many."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds, self.now = seconds, 0.0
@@ -169,7 +217,7 @@ class Clock:
         return self.now
 
     def first(self) -> list[object]:
-        self.now += self.seconds
+        self.now += self.seconds / 2
         return ["first"]
 
     def again(self) -> list[object]:
@@ -178,7 +226,7 @@ class Clock:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "passes"), [(0.01, 9), (1.25, 4), (3.0, 3), (4.0, 2), (6.0, 1), (6.5, 0)]
+    ("seconds", "passes"), [(0.01, 9), (1.25, 5), (3.0, 3), (4.0, 2), (8.0, 1), (8.5, 0)]
 )
 def test_long_passes_are_repeated_less(
     seconds: float, passes: int, monkeypatch: pytest.MonkeyPatch
@@ -188,6 +236,54 @@ def test_long_passes_are_repeated_less(
     monkeypatch.setattr(costs, "time", clock)
     came_to = costs._repeated(clock.first, clock.again)  # type: ignore[arg-type]
     assert came_to == ([["again"]] * passes or [["first"]])
+
+
+class Ticking:
+    """A clock that each reading costs a second, as calls of the autograd engine and waits do."""
+
+    now = 0.0
+
+    def perf_counter(self) -> float:
+        self.now += 1
+        return self.now
+
+
+class Working(nn.Module):
+    """A layer of so many seconds, and twice as many backward."""
+
+    def __init__(self, clock: Ticking, seconds: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones((), dtype=torch.float64))
+        self.clock, self.seconds = clock, seconds
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.clock.now += self.seconds
+        y = x * self.weight
+        y.register_hook(self.backward)
+        return y
+
+    def backward(self, gradient: Tensor) -> None:
+        self.clock.now += 2 * self.seconds
+
+
+def test_what_it_costs_to_measure_is_no_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(costs, "LIMIT_SECONDS", 1e9)
+    clock = Ticking()
+    monkeypatch.setattr(costs, "time", clock)
+    seconds = [0.0, 2.0, 9.0] * 8
+    layers = [nn.Flatten(), *(Working(clock, each) for each in seconds)]
+    _, *measured = measure(layers, BATCH, CROSS_ENTROPY, threads=1)
+    # Each reads the clock; the chain, with a layer that has no backward, does so once.
+    assert [cost.forward for cost in measured] == pytest.approx([s + 1 / 25 for s in seconds])
+    assert [cost.backward for cost in measured] == pytest.approx([2 * s + 1 / 24 for s in seconds])
+
+
+def test_layers_add_up_to_the_chain_whatever_the_excess() -> None:
+    assert costs.as_one([1.0, 1.0, 4.0], 3.0) == [0.0, 0.0, 3.0]
+    assert costs.as_one([1.0, 0.0, 4.0], 3.0) == [0.0, 0.0, 3.0]
+    assert costs.as_one([2.0, 0.0, 4.0], 4.0) == [1.0, 0.0, 3.0]
+    assert costs.as_one([1.0, 2.0], 6.0) == [2.0, 4.0]
+    assert costs.as_one([0.0, 0.0], 1.0) == [0.0, 0.0]
 
 
 # -- what a stage holds ----------------------------------------------------------------------------

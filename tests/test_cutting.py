@@ -14,6 +14,7 @@ from fdg_cuda.costs import LayerCost
 from fdg_cuda.cutting import Cut, CutMemoryError, best_cut
 from fdg_cuda.hardware import DeviceSpec, Link
 from fdg_cuda.schedule import METHODS, Schedule
+from fdg_cuda.simulation import StageTimes, simulate
 from fdg_cuda.split import check_split
 from fdg_cuda.stage_memory import Holding, stage_memory
 
@@ -34,10 +35,11 @@ def longest_and_needed(
     schedule: Schedule,
     mode: BackwardWeights,
     hops: Sequence[Link],
+    update: float,
 ) -> tuple[float, list[int]]:
     """The longest time of a split, and the bytes of each stage; layer by layer."""
     bounds = list(itertools.pairwise([0, *split, len(costs)]))
-    times, needed = [], []
+    times, needed, there_and_back = [], [], 0.0
     for k, (begin, end) in enumerate(bounds):
         again = mode is REPLAY and schedule.slots(k) > 1
         compute = sum(c.forward * (2 if again else 1) + c.backward for c in costs[begin:end])
@@ -48,9 +50,25 @@ def longest_and_needed(
             )
         if k < len(bounds) - 1 and costs[end - 1].output_bytes:
             sending += costs[end - 1].output_bytes / hops[k].bytes_per_second + hops[k].latency_s
-        times += [compute / devices[k].speed, sending]
+        weights = sum(c.parameter_bytes for c in costs[begin:end])
+        times += [(compute + weights * update) / devices[k].speed, sending]
+        if k == len(bounds) - 1:
+            there_and_back += compute / devices[k].speed
+        if k == len(bounds) - 2:
+            behind = sum(c.forward for c in costs[begin:end]) + weights * update
+            down = 0.0
+            if k > 0 and costs[begin].error_bytes:
+                down = (
+                    costs[begin].error_bytes / hops[k - 1].bytes_per_second + hops[k - 1].latency_s
+                )
+            there_and_back += times[-2] + max(0.0, down - behind / devices[k].speed)
+            for nbytes in (costs[end - 1].output_bytes, costs[end].error_bytes):
+                if nbytes:
+                    there_and_back += nbytes / hops[k].bytes_per_second + hops[k].latency_s
         above = costs[end] if end < len(costs) else None
         needed.append(stage_memory(costs[begin:end], above, Holding.of(schedule, mode, k)).total)
+    if schedule.method == "fdg" and len(bounds) > 1:
+        times.append(there_and_back / 2)
     return max(times), needed
 
 
@@ -102,14 +120,24 @@ def test_no_cut_is_better(seed: int) -> None:
     }
     devices = [DeviceSpec(name, memories[name], draw.choice([1.0, 0.5, 2.0])) for name in names]
 
+    update = draw.choice([0.0, 1 / 256])
+    allowed = sorted(draw.sample(range(1, n), draw.randint(stages - 1, n - 1)))
     every = {
-        split: longest_and_needed(costs, split, devices, schedule, mode, hops)
-        for split in itertools.combinations(range(1, n), stages - 1)
+        split: longest_and_needed(costs, split, devices, schedule, mode, hops, update)
+        for split in itertools.combinations(allowed, stages - 1)
     }
     possible = [longest for longest, needed in every.values() if fits(needed, devices)]
     if not possible:
         with pytest.raises(CutMemoryError) as caught:
-            best_cut(costs, devices, schedule, mode, hops=hops)
+            best_cut(
+                costs,
+                devices,
+                schedule,
+                mode,
+                hops=hops,
+                update_seconds_per_byte=update,
+                allowed=allowed,
+            )
         least = min(
             max(
                 sum(
@@ -123,11 +151,19 @@ def test_no_cut_is_better(seed: int) -> None:
         )
         assert caught.value.shortage_bytes == pytest.approx(least, rel=1e-3, abs=64)
         return
-    cut = best_cut(costs, devices, schedule, mode, hops=hops)
+    cut = best_cut(
+        costs,
+        devices,
+        schedule,
+        mode,
+        hops=hops,
+        update_seconds_per_byte=update,
+        allowed=allowed,
+    )
     assert check_split(cut.split, n, stages) == cut.split
     longest, needed = every[tuple(cut.split)]
     assert fits(needed, devices)
-    assert longest == min(possible) == max(*cut.stage_seconds, *cut.hop_seconds) == cut.longest
+    assert longest == min(possible) == cut.longest
     assert [memory.total for memory in cut.memory] == needed
     if cut.split and len(set(names)) == stages:
         best = [s for s, (t, m) in every.items() if t == longest and fits(m, devices)]
@@ -195,6 +231,42 @@ def test_devices_and_links_that_differ() -> None:
     assert cut.hop_seconds == [2, 2]
 
 
+@pytest.mark.parametrize("stages", [2, 3, 4])
+def test_the_longest_time_is_what_the_schedules_replay_takes(stages: int) -> None:
+    """Its update, and the round trip of the last two stages with hops that take as long as layers."""
+    draw = random.Random(29)  # where the round trip decides, with all of these numbers of stages
+    schedule, links = Schedule("fdg", stages), [Link(1.0)] * (stages - 1)
+    costs = [
+        LayerCost(
+            draw.randint(1, 5),
+            draw.randint(1, 9),
+            parameter_bytes=draw.randint(0, 4),
+            output_bytes=draw.randint(1, 8),
+            error_bytes=draw.randint(1, 8),
+        )
+        for _ in range(9)
+    ]
+
+    def replayed(split: Sequence[int]) -> float:
+        times = []
+        for k, (begin, end) in enumerate(itertools.pairwise([0, *split, len(costs)])):
+            times.append(
+                StageTimes(
+                    sum(cost.forward for cost in costs[begin:end]),
+                    sum(cost.backward for cost in costs[begin:end]),
+                    sum(cost.parameter_bytes for cost in costs[begin:end]),
+                    links[k].seconds(costs[end - 1].output_bytes) if k < stages - 1 else 0.0,
+                    links[k - 1].seconds(costs[begin].error_bytes) if k > 0 else 0.0,
+                )
+            )
+        return simulate(schedule, times, 30).tick_seconds
+
+    cut = best_cut(costs, cpus(stages), schedule, STASH, hops=links, update_seconds_per_byte=1.0)
+    assert cut.longest == replayed(cut.split)
+    assert cut.longest == min(map(replayed, itertools.combinations(range(1, 9), stages - 1)))
+    assert cut.longest == cut.round_trip_seconds > max(*cut.stage_seconds, *cut.hop_seconds)
+
+
 def test_what_fits_instead_is_said() -> None:
     with pytest.raises(CutMemoryError, match=r"split=\[4\]") as caught:
         best_cut(EVEN, cpus(2, 7_500), FDG2, CURRENT)
@@ -212,6 +284,8 @@ def test_what_fits_instead_is_said() -> None:
 def test_refusals() -> None:
     with pytest.raises(ValueError, match="2 layers cannot be cut into 3"):
         best_cut(EVEN[:2], cpus(3), FDG3, STASH)
+    with pytest.raises(ValueError, match=r"before the layers \[5\].*at most 2 devices"):
+        best_cut(EVEN, cpus(3), FDG3, STASH, allowed=[5])
     with pytest.raises(ValueError, match="need 3 devices and 2 hops"):
         best_cut(EVEN, cpus(2), FDG3, STASH)
     with pytest.raises(ValueError, match="need 3 devices and 2 hops"):

@@ -233,7 +233,9 @@ def test_costs_are_remembered_for_each_precision() -> None:
     layers, batch = list(network()), single(1)[0]
     for number, precision in enumerate((Precision.FLOAT32, Precision.BFLOAT16)):
         costs = [LayerCost(number, number)] * 8
-        found = layer_times.remembered(layers, batch, 1, lambda c=costs: c, precision=precision)
+        found = layer_times.remembered(
+            layers, batch, F.cross_entropy, 1, lambda c=costs: c, precision=precision
+        )
         assert found == costs
 
 

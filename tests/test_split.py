@@ -10,9 +10,10 @@ import pytest
 import torch
 from chains import batches, mlp
 from torch import nn
+from torch.nn import functional as F
 
-from fdg_cuda import FDGRunner, layer_times
-from fdg_cuda.costs import LayerCost
+from fdg_cuda import FDGRunner, layer_times, plan, update_time
+from fdg_cuda.costs import LayerCost, measure
 
 COSTS = [LayerCost(1.0, 2.0)] * 4
 
@@ -63,10 +64,10 @@ def test_times_are_kept_in_a_file_and_read_again(
 
     known = [LayerCost(n / 3, n / 7, *range(n, n + 8)) for n in range(4)]
     forget()
-    assert layer_times.remembered(layers, batch, 1, lambda: known) == known
+    assert layer_times.remembered(layers, batch, F.cross_entropy, 1, lambda: known) == known
     forget()
-    assert layer_times.remembered(layers, batch, 1, unexpected) == known
-    assert layer_times.remembered(layers, batch, 2, lambda: COSTS) == COSTS
+    assert layer_times.remembered(layers, batch, F.cross_entropy, 1, unexpected) == known
+    assert layer_times.remembered(layers, batch, F.cross_entropy, 2, lambda: COSTS) == COSTS
     assert len(json.loads((tmp_path / "layer_times.json").read_text())) == 2
 
 
@@ -79,7 +80,7 @@ def test_what_an_earlier_version_kept_is_measured_anew(
     file = tmp_path / "layer_times.json"
     for _ in range(2):
         monkeypatch.setattr(layer_times, "_known", {})
-        assert layer_times.remembered(layers, batch, 1, lambda: COSTS) == COSTS
+        assert layer_times.remembered(layers, batch, F.cross_entropy, 1, lambda: COSTS) == COSTS
         (key,) = json.loads(file.read_text())
         file.write_text(json.dumps({key: kept}))
     assert caplog.text == ""
@@ -92,12 +93,74 @@ def test_a_broken_or_forbidden_file_is_no_obstacle(
     monkeypatch.setattr(layer_times, "_known", {})
     (tmp_path / "layer_times.json").write_text("no json")
     layers, batch = list(mlp(layers=4)), batches(1)[0]
-    assert layer_times.remembered(layers, batch, 1, lambda: COSTS) == COSTS
+    assert layer_times.remembered(layers, batch, F.cross_entropy, 1, lambda: COSTS) == COSTS
     assert "cannot be read" in caplog.text
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("FDG_CACHE_DIR", str(tmp_path / "file"))
-    assert layer_times.remembered(layers, batch, 3, lambda: COSTS) == COSTS
+    assert layer_times.remembered(layers, batch, F.cross_entropy, 3, lambda: COSTS) == COSTS
     assert "cannot be kept" in caplog.text
+
+
+def test_costs_are_remembered_for_each_mode_and_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FDG_CACHE_DIR", "")
+    monkeypatch.setattr(layer_times, "_known", {})
+    layers, batch = [nn.Linear(6, 4), nn.Dropout()], batches(1)[0]
+    losses = [F.cross_entropy, F.multi_margin_loss, nn.CrossEntropyLoss()]
+    for dropping in (True, False):
+        layers[1].train(dropping)
+        for number, loss in enumerate(losses):
+            costs = [LayerCost(number, dropping)] * 2
+            assert layer_times.remembered(layers, batch, loss, 1, lambda c=costs: c) == costs
+
+
+def test_the_update_is_remembered_and_moves_the_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A layer with many weights is updated for longer than it computes."""
+    monkeypatch.setenv("FDG_CACHE_DIR", str(tmp_path))
+    layers = [LayerCost(1.0, 2.0)] * 3 + [LayerCost(1.0, 2.0, parameter_bytes=100)]
+    monkeypatch.setattr("fdg_cuda.machine.remembered", lambda *_, **__: layers)
+    measured = []
+
+    def measure(threads: int) -> float:
+        measured.append(threads)
+        return 9.0 / 100 * 4 * update_time.ELEMENTS
+
+    monkeypatch.setattr(update_time, "_on_cpu", measure)
+    for _ in range(2):
+        monkeypatch.setattr(layer_times, "_known", {})
+        runner = FDGRunner(mlp(layers=4), ["cpu"] * 2, cpu_threads=2)
+        runner.fit(batches(2))
+        assert runner.split == [3]
+    assert measured == [1]
+
+
+def tied() -> list[nn.Module]:
+    """Two users of one layer; the costs of all that is between them are the same."""
+    shared = nn.Linear(6, 6)
+    return [nn.Linear(6, 6), shared, nn.ReLU(), shared, nn.ReLU(), nn.Linear(6, 4)]
+
+
+def test_a_measured_cut_keeps_users_of_one_parameter_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("fdg_cuda.machine.remembered", lambda *_, **__: [LayerCost(1.0, 2.0)] * 6)
+    data = [(x.float(), y) for x, y in batches(2, last=None)]
+    runner = FDGRunner(tied(), ["cpu"] * 2)
+    runner.fit(data)
+    assert runner.split == [4]
+    runner = FDGRunner(tied(), ["cpu"] * 5)
+    with pytest.raises(ValueError, match=r"\[1, 4, 5\].*at most 4 devices"):
+        runner.fit(data)
+    planned = plan(tied(), data[0][0], ["cpu"] * 6, target=data[0][1], backward_weights="stash")
+    splits = [row.choice.split for row in planned.rows if row.choice is not None]
+    assert splits == [(), (4,), (1, 4), (1, 4, 5)]
+
+
+def test_what_layers_share_is_counted_once() -> None:
+    x, y = batches(1)[0]
+    first, shared, _, again, *_ = measure(tied(), (x.float(), y), F.cross_entropy, threads=1)
+    assert shared.parameter_bytes == first.parameter_bytes > 0 == again.parameter_bytes
 
 
 def test_no_folder_means_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
