@@ -42,6 +42,8 @@ class LayerCost:
             layer's input.
         input_bytes: what it takes.
         output_bytes: what it gives, and sends to the stage above if it is its stage's last layer.
+        packed_bytes: what its output is copied to in order to be sent, if it is several tensors; one is
+            sent as it is.
         error_bytes: the gradients of what it takes, which it sends to the stage below if it is its
             stage's first layer.
         kept_input_bytes: what autograd keeps of its input that the layers before do not keep anyway.
@@ -59,6 +61,7 @@ class LayerCost:
     error_bytes: int = 0
     kept_input_bytes: int = 0
     kept_output_bytes: int = 0
+    packed_bytes: int = 0
 
 
 def measure(
@@ -118,6 +121,7 @@ def measure(
             saved_bytes=counted.layers[number].saved,
             input_bytes=layers_passed[number].input_bytes,
             output_bytes=layers_passed[number].output_bytes,
+            packed_bytes=layers_passed[number].packed_bytes,
             error_bytes=layers_passed[number].error_bytes,
             kept_input_bytes=counted.layers[number].kept_input,
             kept_output_bytes=counted.layers[number].kept_output,
@@ -183,6 +187,7 @@ class _Passed:
     backward: float = 0.0
     input_bytes: int = 0
     output_bytes: int = 0
+    packed_bytes: int = 0
     error_bytes: int = 0
 
 
@@ -229,6 +234,7 @@ class _Chain:
             given.append(distinct(x))
             each.input_bytes = sum(tensor.nbytes for tensor in taken[-1])
             each.output_bytes = sum(tensor.nbytes for tensor in given[-1])
+            each.packed_bytes = each.output_bytes if len(given[-1]) > 1 else 0
         errors: list[Tensor | None] = [None]  # autograd's 1, for the loss
         for number in reversed(range(len(passed))):
             last = number == len(passed) - 1

@@ -11,7 +11,8 @@ fixed         buffers and frozen parameters
 activations   what autograd keeps of S batches, beside the stage's input; where forwards are run
               again of 1. The stage's input of S batches.
 hops          inboxes of 2 halves for activations and error signals, outputs of S batches on their way
-              up, and the error signals that are taken and given
+              up (and, of several tensors, the memory they are packed into to be sent), and the error
+              signals that are taken and given
 ============  ======================================================================================
 
 Hops are counted as on CUDA devices; stages on the CPU hand over by reference and hold less. Not
@@ -123,10 +124,14 @@ class Holding:
         """What the stage's last layer adds; ``above``: the layer behind it."""
         if self.is_last:
             return {}
-        kept = cost.kept_output_bytes if self.forwards == 1 else 0
+        # What is sent; and where a backward begins from the forward that made it, the output itself,
+        # which is the same memory if it is one tensor.
+        sent = cost.output_bytes
+        if self.forwards == 1:
+            sent = sent + cost.packed_bytes - cost.kept_output_bytes
         # The inbox's halves, and the copy that a backward works on.
         errors = (INBOX_HALVES + 1) * above.error_bytes
-        return {"hops": self.slots * (cost.output_bytes - kept) + errors}
+        return {"hops": self.slots * sent + errors}
 
 
 def stage_memory(

@@ -19,8 +19,10 @@ from fdg_cuda import FDGRunner, costs
 from fdg_cuda.backward_weights import BackwardWeights
 from fdg_cuda.capture import capture
 from fdg_cuda.costs import LayerCost, measure
+from fdg_cuda.forms import parcel_of
+from fdg_cuda.hops import leaves_of
 from fdg_cuda.precision import Precision
-from fdg_cuda.schedule import METHODS
+from fdg_cuda.schedule import METHODS, Schedule
 from fdg_cuda.stage import Stage
 from fdg_cuda.stage_memory import Holding, stage_memory
 
@@ -132,7 +134,7 @@ def test_layers_that_take_and_give_several_tensors() -> None:
     one, order = 8 * FEATURES * 8, 8 * 8
     assert first.kept_output_bytes == 0
     assert fork.kept_input_bytes == one  # of the linear layer
-    assert fork.output_bytes == 2 * one + order
+    assert fork.output_bytes == fork.packed_bytes == 2 * one + order
     # It is handed through, and kept here, not there.
     assert fork.kept_output_bytes == one
     assert handing.input_bytes == handing.output_bytes == 2 * one + order
@@ -310,6 +312,26 @@ def test_weights_and_momentum_are_those_of_flat_memory(method: str, mode: Backwa
 def parts(measured: list[LayerCost], split: list[int]) -> Iterator[list[LayerCost]]:
     for begin, end in itertools.pairwise([0, *split, len(measured)]):
         yield measured[begin:end]
+
+
+@pytest.mark.parametrize("mode", BackwardWeights)
+def test_hops_of_several_tensors_are_held_packed_and_as_they_are(mode: BackwardWeights) -> None:
+    layers = [nn.Linear(FEATURES, FEATURES).double(), Fork(), Handing(), Join()]
+    _, fork, handing, _ = measure(layers, BATCH, F.cross_entropy, threads=1)
+    holding = Holding.of(Schedule("fdg", 3), mode, 0)
+    x = BATCH[0].clone().requires_grad_()
+    output = layers[1](x)
+    sent, _ = parcel_of(leaves_of(output, frozenset(), replayed=mode is BackwardWeights.REPLAY))
+    memory = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in output}
+    if mode is BackwardWeights.REPLAY:  # the output is made again when its turn comes
+        memory = {}
+    else:  # the input that is handed on, counted as what the layer before gave
+        del memory[x.data_ptr()]
+    memory[sent.data_ptr()] = sent.nbytes
+    errors, inbox = 3 * handing.error_bytes, 2 * fork.input_bytes
+    counted = stage_memory([fork], handing, holding).hops - errors - inbox
+    # Packed tensors begin at multiples of 256 bytes.
+    assert counted == pytest.approx(4 * sum(memory.values()), abs=4 * 256)
 
 
 class Held:
