@@ -30,7 +30,7 @@ lint: $(VENV)/developer ## ruff, clang-format, mypy, and the stub against the ex
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $$(find csrc tests/cpp tests/stand_in -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 	$(BIN)/mypy
-	$(BIN)/python -m mypy.stubtest fdg_cuda._core --ignore-missing-stub --allowlist tests/stubtest_allowlist.txt
+	$(BIN)/python -m mypy.stubtest fdg_cuda._core --ignore-missing-stub --allowlist tests/stubtest_allowlist.txt --mypy-config-file pyproject.toml
 	$(BIN)/python -m benchmarks.tables --check
 	$(BIN)/python -m docs.model_table --check
 
