@@ -199,6 +199,19 @@ def auto_cut() -> list[str]:
     ]
 
 
+def cut_time() -> list[str]:
+    results = load("cut_time")
+    heading = "**From a model to its cut** (medians, quartiles in brackets)"
+    if results is None:
+        return [heading, "", NOT_MEASURED, ""]
+    rows = [
+        [name, *(spread(q, 1) for q in parts.values()), f"below {results['goal']:g}"]
+        for name, parts in results["models"].items()
+    ]
+    headings = ["model", "capture, s", "measure and cut, s", "all, s", "goal"]
+    return [heading, "", *table(headings, rows), *origin(results)]
+
+
 def plans() -> list[str]:
     results = load("plan")
     heading = "**Plans beside what happened** (a tick; medians, quartiles in brackets)"
@@ -285,6 +298,7 @@ def generated() -> str:
     sections = [
         training_step,
         auto_cut,
+        cut_time,
         plans,
         micro,
         overhead,
