@@ -277,7 +277,8 @@ def test_cuts_are_found_where_pieces_take_equally_long() -> None:
         for f in (torch.relu, torch.tanh, torch.relu)
     ]
     first, other, same = (
-        layer_times._key(each, data[0], weighted, 1, "cpu", layer_times.Precision.FLOAT32) for each in pieces
+        layer_times._key(each, data[0], weighted, 1, "cpu", layer_times.Precision.FLOAT32)
+        for each in pieces
     )
     assert first == same
     assert first != other
