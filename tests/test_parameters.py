@@ -39,13 +39,14 @@ def test_tensor_shared_by_two_stages(when: str) -> None:
     else:
         model = chain(inner=[nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH)])
         model[4].weight = model[2].weight
-    words = ["shared by stages", "split", "of its own"]
     if when == "measured":
         runner = runner_of(model, len(model))
+        words = ["layers that share a parameter", "at most 4 devices", "untie"]
         with refused(ValueError, *words, model=model):
             runner.fit(batches(2))
     else:
-        with refused(ValueError, *words, "stages 0 and 1", model=model):
+        words = ["shared by stages 0 and 1", "split", "of its own"]
+        with refused(ValueError, *words, model=model):
             runner_of(model, split=[4])
     assert len(runner_of(model, split=[1]).fit(batches(2)).batch_losses) == 2
 
