@@ -228,7 +228,7 @@ def plans() -> list[str]:
                 str(row["stages"]),
                 f"{predicted:.0f}",
                 f"{real:.0f}",
-                spread(row["ratio"]),
+                spread(row["ratio"], 3),
                 f"within {row['goal']:.0%}{verdict}",
             ]
         )

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from fdg_cuda import CheckpointError, Checkpoints, FDGRunner
+from fdg_cuda import CheckpointError, Checkpoints, FDGRunner, ModelCaptureError
 from fdg_cuda.batches import Batches
 from fdg_cuda.nested import map_tensors, sample_count, tensors
 
@@ -477,3 +477,35 @@ def test_a_batch_looked_at_too_early_is_not_lost() -> None:
         batches.begin_anew()
         assert batches.first()[0] is first[0]
         assert [x.shape for x, _ in batches.epoch()] == [x.shape for x, _ in given]
+
+
+class Bound(nn.Module):
+    """Made for batches of eight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 12), nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden: Tensor = self.b(self.a(x).view(8, -1).relu())
+        return hidden
+
+
+def test_a_model_bound_to_one_batch_size_trains_with_that_one() -> None:
+    torch.manual_seed(0)
+    runner = FDGRunner(Bound(), ["cpu"] * 2, lr=0.01)
+    batch = (torch.randn(8, 6), torch.randint(0, 3, (8,)))
+    assert len(runner.fit([batch] * 3).batch_losses) == 3
+    assert runner._staged.chain.point(0) == "a"
+    with pytest.raises(ModelCaptureError, match=r"shape \(7, 6\), but .* captured for \(8, 6\)"):
+        runner.fit([(batch[0][:7], batch[1][:7])])
+
+
+def test_the_default_loss_says_that_it_takes_one_tensor() -> None:
+    class InDict(Bound):
+        def forward(self, x: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
+            return {"logits": super().forward(x)}
+
+    runner = FDGRunner(InDict(), ["cpu"], lr=0.01)
+    with pytest.raises(TypeError, match="output is a dict, the target a Tensor"):
+        runner.fit([(torch.randn(8, 6), torch.randint(0, 3, (8,)))])

@@ -6,6 +6,7 @@ import itertools
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
@@ -126,18 +127,20 @@ def test_no_cut_is_better(seed: int) -> None:
         split: longest_and_needed(costs, split, devices, schedule, mode, hops, update)
         for split in itertools.combinations(allowed, stages - 1)
     }
+    cut_best = partial(
+        best_cut,
+        costs,
+        devices,
+        schedule,
+        mode,
+        hops=hops,
+        update_seconds_per_byte=update,
+        allowed=allowed,
+    )
     possible = [longest for longest, needed in every.values() if fits(needed, devices)]
     if not possible:
         with pytest.raises(CutMemoryError) as caught:
-            best_cut(
-                costs,
-                devices,
-                schedule,
-                mode,
-                hops=hops,
-                update_seconds_per_byte=update,
-                allowed=allowed,
-            )
+            cut_best()
         least = min(
             max(
                 sum(
@@ -151,15 +154,7 @@ def test_no_cut_is_better(seed: int) -> None:
         )
         assert caught.value.shortage_bytes == pytest.approx(least, rel=1e-3, abs=64)
         return
-    cut = best_cut(
-        costs,
-        devices,
-        schedule,
-        mode,
-        hops=hops,
-        update_seconds_per_byte=update,
-        allowed=allowed,
-    )
+    cut = cut_best()
     assert check_split(cut.split, n, stages) == cut.split
     longest, needed = every[tuple(cut.split)]
     assert fits(needed, devices)

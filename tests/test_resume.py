@@ -351,6 +351,22 @@ def test_a_hyper_parameter_can_be_changed_when_training_goes_on(tmp_path: Path) 
         assert changed.rates == [0.25 if resume else 0.5] * 2
 
 
+def test_callbacks_without_a_state_come_and_go_and_others_are_refused(tmp_path: Path) -> None:
+    def fit(*callbacks: Callback, epochs: int, resume: bool) -> int:
+        runner = FDGRunner(mlp(), ["cpu"])
+        checkpoints = Checkpoints(tmp_path, resume=resume)
+        history = runner.fit(batches(2), epochs, callbacks=callbacks, checkpoints=checkpoints)
+        return len(history.batch_losses)
+
+    fit(Crash(None), Counting(), epochs=1, resume=False)
+    assert fit(Counting(), epochs=2, resume=True) == 4
+    assert fit(Counting(), Crash(None), epochs=3, resume=True) == 6
+    with pytest.raises(
+        CheckpointError, match="it was written with Counting, but this fit has none"
+    ):
+        fit(Crash(None), epochs=4, resume=True)
+
+
 def test_a_loader_that_ends_early_is_refused(tmp_path: Path) -> None:
     def fit(count: int, resume: bool) -> None:
         runner = FDGRunner(mlp(), ["cpu"])
