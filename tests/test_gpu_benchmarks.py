@@ -14,7 +14,7 @@ import torch
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
-from benchmarks import gpu, gpu_learning, gpu_rounds, tables
+from benchmarks import gpu, gpu_learning, gpu_rounds
 from benchmarks.device_clock import Deadline
 from benchmarks.gpu_report import Report, missing
 from benchmarks.gpu_rounds import Effort, Ratio, take_turns
@@ -27,6 +27,8 @@ from benchmarks.green_contexts import (
     green_groups,
     group_size,
 )
+from benchmarks.reports import gpu as gpu_section
+from benchmarks.reports import markdown
 from fdg_cuda.errors import NonFiniteLossError
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
@@ -91,8 +93,8 @@ def test_the_update_beside_a_copy(whole: Path) -> None:
 
 
 def test_the_readme_would_show_it(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tables, "RESULTS", whole)
-    text = "\n".join(tables.gpu())
+    monkeypatch.setattr(markdown, "RESULTS", whole)
+    text = "\n".join(gpu_section.gpu())
     assert "| fdg K=4 eager |" in text
     assert "at least 0.9" in text
     assert "green: needs a CUDA device" in text
@@ -357,5 +359,5 @@ def test_as_many_epochs_as_fit() -> None:
 
 
 def test_the_readme_shows_what_was_learnt(learned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tables, "RESULTS", learned)
-    assert "| `fdg K=4 beta=0.5` |" in "\n".join(tables.gpu())
+    monkeypatch.setattr(markdown, "RESULTS", learned)
+    assert "| `fdg K=4 beta=0.5` |" in "\n".join(gpu_section.gpu())

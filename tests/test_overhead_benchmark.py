@@ -10,8 +10,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import overhead, tables
+from benchmarks import overhead
 from benchmarks.overhead import Overhead, Task
+from benchmarks.reports import markdown, steps
 
 TINY = Task(
     model="mlp", batch_size=2, batches=4, validation_batches=1, every=2, rounds=3, threads=2
@@ -62,12 +63,12 @@ def test_what_is_to_be_paid_for_is_done(tmp_path: Path) -> None:
 def test_the_file_is_what_the_readme_shows(
     results: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tables, "RESULTS", tmp_path)
-    assert tables.NOT_MEASURED in tables.overhead()
+    monkeypatch.setattr(markdown, "RESULTS", tmp_path)
+    assert markdown.NOT_MEASURED in steps.overhead()
     monkeypatch.setattr(overhead, "measure", lambda task, console: results)
     overhead.main(["--out", str(tmp_path), "--rounds", "1"])
     assert json.loads((tmp_path / "overhead.json").read_text())["environment"]["torch"]
-    text = "\n".join(tables.overhead())
+    text = "\n".join(steps.overhead())
     assert f"| {overhead.KEPT} / {overhead.BARE} |" in text
     assert "at most 1.02" in text
     assert "(on the way: every 2)" in text

@@ -1,0 +1,1 @@
+"""What the documents say about ``benchmarks/results``: a module per benchmark, read by ``tables``."""
