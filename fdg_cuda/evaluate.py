@@ -12,10 +12,11 @@ from rich.progress import track
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from fdg_cuda import data, models
+from fdg_cuda import data
 from fdg_cuda.devices import parse_devices
 from fdg_cuda.files import replacing
 from fdg_cuda.metrics import Evaluation
+from fdg_cuda.model_names import find_model
 from fdg_cuda.runner import FDGRunner
 from fdg_cuda.settings import Settings
 from fdg_cuda.train import TEST_BATCH_SIZE
@@ -61,10 +62,10 @@ def evaluate_run(
     used = devices or settings.devices or ("cpu",)
     on_cpu = parse_devices(used)[0].type == "cpu"
     spec = data.load(settings.data, data_root or settings.data_root)
-    model = models.build(
+    model = find_model(
         settings.model,
         in_channels=spec.in_channels,
-        num_classes=spec.num_classes,
+        classes=spec.num_classes,
         image_size=spec.image_size,
     )
     try:

@@ -64,7 +64,12 @@ class Settings:
     :meth:`completed`.
     """
 
-    model: str = option("resnet20", WHAT, "Network, such as resnet20 or mlp.")
+    model: str = option(
+        "resnet20",
+        WHAT,
+        "Network: resnet20 and the like, one of torchvision's such as resnet50, or "
+        "package.module:function, which makes yours.",
+    )
     data: str = option("digits", WHAT, "digits, fashion-mnist, cifar10 or cifar100.")
     data_root: str | None = option(None, WHAT, "Folder of the data.", shown="./data")
     download: bool = option(False, WHAT, "Download missing data.")
@@ -282,6 +287,7 @@ class Settings:
         if workers is None:
             on_cpu = all(str(device).startswith("cpu") for device in devices)
             workers = 0 if on_cpu else min(MOST_DEFAULT_WORKERS, cores() - 1)
+        model = settings.model.replace(":", ".")
         return replace(
             settings,
             devices=devices,
@@ -290,8 +296,7 @@ class Settings:
             warmup_epochs=warmup,
             lr_step=settings.lr_step or ("batch" if own else "epoch"),
             threads=threads if settings.threads is None else settings.threads,
-            out=settings.out
-            or f"runs/{settings.data}-{settings.model}-{settings.method}-k{len(devices)}",
+            out=settings.out or f"runs/{settings.data}-{model}-{settings.method}-k{len(devices)}",
         )
 
     def command(self) -> str:

@@ -15,12 +15,13 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from fdg_cuda import __version__, data, lr_schedule, models, named_optimizer
+from fdg_cuda import __version__, data, lr_schedule, named_optimizer
 from fdg_cuda.checkpoint import CheckpointFolder
 from fdg_cuda.checkpoints import Checkpoints
 from fdg_cuda.devices import parse_devices
 from fdg_cuda.errors import CheckpointError, NonFiniteLossError, TrainingStopped
 from fdg_cuda.metrics import EpochResult
+from fdg_cuda.model_names import find_model, is_convolutional
 from fdg_cuda.options import options_of
 from fdg_cuda.progress import make_progress
 from fdg_cuda.report import (
@@ -97,15 +98,14 @@ class Training:
         spec = data.load(settings.data, settings.data_root, download=settings.download)
         torch.set_num_threads(threads)
         torch.manual_seed(settings.seed)
-        self.model = models.build(
+        self.model = find_model(
             settings.model,
             in_channels=spec.in_channels,
-            num_classes=spec.num_classes,
+            classes=spec.num_classes,
             image_size=spec.image_size,
         )
         if settings.channels_last is None:
-            convolutional = any(isinstance(module, nn.Conv2d) for module in self.model.modules())
-            settings = replace(settings, channels_last=convolutional)
+            settings = replace(settings, channels_last=is_convolutional(self.model))
         if settings.channels_last:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._train = data.BatchLoader(
@@ -303,8 +303,9 @@ class Training:
         settings, rows = outcome.settings, outcome.rows
         parameters = sum(parameter.numel() for parameter in self.model.parameters())
         cuts = settings.split
+        layers = f" in {len(self.model)} layers" if isinstance(self.model, nn.Sequential) else ""
         lines = {
-            "model": f"{settings.model}, {parameters:,} parameters in {len(self.model)} layers",
+            "model": f"{settings.model}, {parameters:,} parameters{layers}",
             "data": f"{settings.data}, {len(self._train.dataset):,} training and "
             f"{len(self._test.dataset):,} test images",
             "stages": f"{len(settings.devices or ())} on {','.join(map(str, settings.devices or ()))}",
@@ -366,7 +367,6 @@ class Training:
         return {
             "command": self.settings.command(),
             "settings": asdict(self.settings),
-            "layers": len(self.model),
             "epochs_finished": len(self._rows),
             "versions": {
                 "fdg_cuda": __version__,

@@ -69,3 +69,32 @@ def test_what_is_no_run_is_refused(
     (folder / "weights.safetensors").write_bytes(b"no weights")
     assert run_cli(arguments) == 2
     assert message in capfd.readouterr().err
+
+
+def test_a_model_of_ones_own(
+    run_cli: Cli, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Captured, cut, trained, and evaluated again from its files."""
+    (tmp_path / "own_nets.py").write_text(
+        "from torch import nn\n\n"
+        "class Net(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.first, self.second = nn.Linear(64, 32), nn.Linear(32, 32)\n"
+        "        self.head = nn.Linear(32, 10)\n\n"
+        "    def forward(self, x):\n"
+        "        x = self.first(x.flatten(1)).relu()\n"
+        "        return self.head(x + self.second(x).relu())\n"
+    )
+    train = "train --model own_nets:Net --devices cpu,cpu --epochs 1 --lr 0.1"
+    assert run_cli(train) == 0
+    out = tmp_path / "runs" / "digits-own_nets.Net-fdg-k2"
+    row = metrics(out)[0]
+    assert set(load_file(out / "weights.safetensors")) >= {"first.weight", "second.bias"}
+    assert run_cli(f"evaluate {out}") == 0
+    accuracy = f"{100 * float(row['test_accuracy']):.1f} %"
+    assert f"test accuracy  {accuracy}" in capfd.readouterr().out
+    assert run_cli("train --model resnet50") != 0
+    assert "takes images of 3 channels, and these have 1" in " ".join(
+        capfd.readouterr().err.split()
+    )
