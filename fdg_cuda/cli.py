@@ -83,10 +83,11 @@ def evaluate(
 ) -> None:
     """Test the weights of a run on its test data, over its stages; write what they predict."""
     with _user_errors():
-        from fdg_cuda.evaluate import evaluate_run
-        from fdg_cuda.progress import make_console
-        from fdg_cuda.report import percent, summary_table
-        from fdg_cuda.settings import accepted
+        with _loading():
+            from fdg_cuda.evaluate import evaluate_run
+            from fdg_cuda.progress import make_console
+            from fdg_cuda.report import percent, summary_table
+            from fdg_cuda.settings import accepted
 
         given = None if devices is None else accepted({"devices": devices})["devices"]
         evaluated = evaluate_run(run, devices=given, data_root=data_root, predictions=predictions)
@@ -133,10 +134,11 @@ def plan(
 ) -> None:
     """Predict how fast K stages would train a model, for K = 1, 2, ...; nothing is trained."""
     with _user_errors():
-        from fdg_cuda.plan_command import PlanOptions, make_plan
-        from fdg_cuda.plan_report import renderables, write_plan
-        from fdg_cuda.progress import make_console
-        from fdg_cuda.settings import accepted
+        with _loading():
+            from fdg_cuda.plan_command import PlanOptions, make_plan
+            from fdg_cuda.plan_report import renderables, write_plan
+            from fdg_cuda.progress import make_console
+            from fdg_cuda.settings import accepted
 
         given = None if devices is None else accepted({"devices": devices})["devices"]
         options = PlanOptions(
@@ -154,13 +156,15 @@ def plan(
 @app.command()
 def doctor() -> None:
     """Say what is installed, which devices can be used, and whether a tiny training works."""
-    from fdg_cuda.doctor import examine
+    with _loading():
+        from fdg_cuda.doctor import examine
 
     raise typer.Exit(0 if examine() else FAILED)
 
 
 def _prepare(given: Given) -> Training:
-    from fdg_cuda.train import Training
+    with _loading():
+        from fdg_cuda.train import Training
 
     return Training(given.settings(), resume=given.resume, overwrite=given.overwrite)
 
@@ -224,6 +228,15 @@ def _verdict(outcome: Outcome) -> int:
 
 def _resuming(outcome: Outcome) -> str:
     return f"{outcome.settings.command()} --resume"
+
+
+@contextmanager
+def _loading() -> Iterator[None]:
+    """Says on a terminal why nothing happens for the first seconds."""
+    from rich.console import Console
+
+    with Console().status("loading torch"):
+        yield
 
 
 @contextmanager
