@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 from benchmarks import learning_curves
-from benchmarks.learning_runs import Way, families, finals, shown
+from benchmarks.learning_runs import BP, Way, families, finals, shown
 from benchmarks.learning_runs import summary as summary_of
 from benchmarks.learning_study import Study
 from benchmarks.learning_verdicts import Verdict, verdicts
@@ -18,6 +18,7 @@ from benchmarks.reports.markdown import NOT_MEASURED, load, origin, table
 HEADING = "**Learning with delayed gradients** (means over seeds)"
 COLORS = ("#D55E00", "#0072B2", "#009E73")
 MARKERS = ("o", "s", "^")
+SIZES = (11, 8, 5)  # families may lie on each other
 
 
 def section() -> list[str]:
@@ -44,8 +45,9 @@ def section() -> list[str]:
         "![largest stable learning rate against K](results/largest_lr.png)",
         "",
         *_claims(_verdicts(results)),
-        "Answers are those of a 95 % t interval over seeds (±), paired by seed; a run that diverged "
-        "counts as guessing.",
+        "Answers are those of a 95 % t interval over seeds (±), paired by seed. A difference that lies "
+        "within ± is called noise: as large a one could hide there. A run that diverged counts as "
+        "guessing.",
         "",
         *origin(results),
     ]
@@ -59,13 +61,20 @@ def summary() -> list[str]:
     rows = summary_of(results["runs"], ways_of(results))
     cells = []
     for name, members in families(ways_of(results)).items():
-        found = [rows.get(way.name) for way in members]
-        means = [row["test_error"] if row else None for row in found]
-        cells.append([name, *(f"{100 * mean['mean']:.2f} %" if mean else "-" for mean in means)])
+        cells.append([name, *(_brief(rows.get(way.name)) for way in members)])
     stages = range(2, results["settings"]["most_stages"] + 1)
     headings = [f"{case_of(results)}: test error", "bp", *(f"K = {k}" for k in stages)]
     said = [f"- {v.claim}: **{v.answer}** ({v.because})" for v in _verdicts(results)]
     return [HEADING, "", *table(headings, cells), *said, ""]
+
+
+def _brief(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return "-"
+    error, diverged = row["test_error"], row["diverged"]
+    if error is None:
+        return f"{diverged} diverged"
+    return f"{100 * error['mean']:.2f} %" + (f" ({diverged} diverged)" if diverged else "")
 
 
 def errors(case: str, rows: dict[str, Any]) -> list[str]:
@@ -145,11 +154,14 @@ def draw_rates(results: dict[str, Any]) -> Figure:
     axes = figure.subplots()
     found = results["largest_lr"]
     groups = families(ways_of(results)).items()
-    for (name, members), color, marker in zip(groups, COLORS, MARKERS, strict=True):
+    for (name, members), color, marker, size in zip(groups, COLORS, MARKERS, SIZES, strict=True):
         known = [way for way in members if found.get(way.name, {}).get("largest")]
         rates = [found[way.name]["largest"] for way in known]
-        label = "; ".join([name, *(f"K = {k}: {note}" for k, note in _beyond_grid(found, members))])
-        axes.plot([way.stages for way in known], rates, color=color, marker=marker, label=label)
+        label = "; ".join([name, *_beyond_grid(found, members[1:])])
+        stages = [way.stages for way in known]
+        axes.plot(
+            stages, rates, color=color, label=label, marker=marker, ms=size, lw=size / 3, alpha=0.85
+        )
     axes.set_yscale("log", base=2)
     rates = sorted({entry["largest"] for entry in found.values() if entry["largest"]})
     axes.set_yticks(rates, [f"{rate:.3g}" for rate in rates])
@@ -159,14 +171,17 @@ def draw_rates(results: dict[str, Any]) -> Figure:
     axes.set_ylabel("largest stable learning rate")
     axes.grid(True, alpha=0.3)
     axes.legend(fontsize=8)
-    axes.set_title(case_of(results), loc="left", fontsize=10)
+    title = "; ".join([case_of(results), *_beyond_grid(found, [BP])])
+    axes.set_title(title, loc="left", fontsize=10)
     return figure
 
 
-def _beyond_grid(found: dict[str, Any], members: list[Way]) -> list[tuple[int, str]]:
-    """Numbers of stages whose largest rate the grid does not hold, and what is known of it."""
-    known = [(way.stages, found[way.name]) for way in members if way.name in found]
-    return [(k, _rate(one)) for k, one in known if one["largest"] in (None, one["grid"][1])]
+def _beyond_grid(found: dict[str, Any], members: list[Way]) -> list[str]:
+    """What is known of ways whose largest rate the grid does not hold."""
+    known = [(way.name, found[way.name]) for way in members if way.name in found]
+    return [
+        f"{name}: {_rate(one)}" for name, one in known if one["largest"] in (None, one["grid"][1])
+    ]
 
 
 PICTURES: dict[str, Callable[[dict[str, Any]], Figure]] = {
