@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.gpu_report import all_turns, missing
+from benchmarks.reports.learning import errors
 from benchmarks.reports.markdown import NOT_MEASURED, load, origin, spread, table
 
 
@@ -47,20 +48,10 @@ def gpu_learning() -> list[str]:
     results = load("gpu_learning")
     if results is None:
         return []
-    rows = []
-    for name, row in results["summary"].items():
-        error, above = row["test_error"], row["above_bp"]
-        rows.append(
-            [
-                f"`{name}`",
-                f"{100 * error['mean']:.2f} % (sd {100 * error['sd']:.2f}, n = {error['n']})",
-                f"{100 * above['mean']:+.2f} (sd {100 * above['sd']:.2f})" if above else "",
-            ]
-        )
     case = f"{results['model']}, {results['data']}, {results['plan']['epochs']} epochs"
     return [
         "**Learning on a GPU**",
         "",
-        *table([case, "test error", "points above bp, same seeds"], rows),
+        *errors(case, results["summary"]),
         *origin(results),
     ]
