@@ -5,7 +5,7 @@ from __future__ import annotations
 from benchmarks.reports.markdown import NOT_MEASURED, load, origin, table
 
 
-def learning() -> list[str]:
+def section() -> list[str]:
     results = load("learning")
     heading = "**Learning**"
     if results is None:
@@ -21,3 +21,7 @@ def learning() -> list[str]:
     epochs = [f"epoch {number + 1}" for number in range(s["epochs"])]
     case = f"{s['data']}, {s['model']}, seed {s['seed']}: test accuracy"
     return [heading, "", *table([case, *epochs], rows), *origin(results)]
+
+
+def summary() -> list[str]:
+    return section()
