@@ -26,7 +26,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import track
 
 from benchmarks.harness import RESULTS, write
 from fdg_cuda.options import options_of
@@ -217,10 +216,11 @@ def keep(runs: Iterable[Run], given: argparse.Namespace, failed: dict[str, str])
 def do(runs: Sequence[Run], given: argparse.Namespace, console: Console) -> None:
     """Every run that is not finished yet."""
     failed: dict[str, str] = {}
-    for run in track(runs, "runs", console=console):
+    # No live display: each run has its own on the same terminal.
+    for number, run in enumerate(runs, 1):
         if finished(run, given) is not None:
             continue
-        console.print(f"{run.name} ...", markup=False)
+        console.print(f"run {number} of {len(runs)}: {run.name}", markup=False, highlight=False)
         code, complaint = train(words_of(run, given))
         ended = finished(run, given) is not None
         if code == WRONG_INPUT:

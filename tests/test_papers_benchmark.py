@@ -102,12 +102,13 @@ def check_section(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = dict(next(run for run in results["runs"].values() if run["method"] == "fdg"))
     run |= {"data": "cifar10", "model": "resnet56", "stages": 3, "beta": 0.2, "test_error": 0.0611}
     times = {**run, "what": "times", "seconds_per_epoch": 12.34}
-    results["runs"] |= {"one": run, "other": times}
+    of_bp = {**times, "method": "bp", "stages": 1, "seconds_per_epoch": 20.0}
+    results["runs"] |= {"one": run, "other": times, "third": of_bp}
     results["failed"] = {"some run": "the loss became nan"}
     file.write_text(json.dumps(results))
     text = "\n".join(report.section())
     assert "| resnet56 | FDG | 3 | 0.2 | 6.08† | 6.11 (1, 1 epochs only) |" in text
-    assert "| resnet56 | FDG | 3 | 27.0 | 12.3 |" in text
+    assert "| resnet56 | FDG | 3 | 27.0 | 52.03 | 12.3 | 61.7 |" in text
     assert "Failed: `some run`: the loss became nan" in text
 
 

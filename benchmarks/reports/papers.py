@@ -26,17 +26,20 @@ def section() -> list[str]:
     runs = [] if results is None else list(results["runs"].values())
     for name, title in everything["tables"].items():
         rows = [
-            [*_way(row), _published(row["published"]), _ours(runs, name, row)]
+            [*_way(row), _published(row["published"]), *([_ours(runs, name, row)] if runs else [])]
             for row in everything["errors"]
             if row["table"] == name
         ]
-        headings = [title, "method", "K", "beta", "published error, %", "here, % (median of n)"]
-        lines += table(headings, rows)
-    rows = [
-        [*_way(row)[:3], f"{row['seconds']:.1f}", _our_seconds(runs, row)]
-        for row in everything["times"]["rows"]
-    ]
-    lines += table(["times", "method", "K", "published, s per epoch", "here, s"], rows)
+        headings = [title, "method", "K", "beta", "published error, %"]
+        lines += table([*headings, *(["here, % (median of n)"] if runs else [])], rows)
+    headings = ["times", "method", "K", "published, s per epoch", "published, % of BP's†"]
+    lines += table(
+        [*headings, *(["here, s", "here, % of BP's"] if runs else [])],
+        [
+            [*_way(row)[:3], row["seconds"], row.get("share_of_bp", ""), *_our_times(runs, row)]
+            for row in everything["times"]["rows"]
+        ],
+    )
     lines += _failed(results)
     lines += [f"- {note}" for note in everything["notes"]]
     lines += [f"- Not at hand: {what}." for what in everything["not_at_hand"]]
@@ -50,10 +53,9 @@ def _protocol(everything: dict[str, Any]) -> str:
     return (
         f"The protocol: {s['epochs']} epochs, batch {s['batch_size']}, SGD with momentum "
         f"{s['momentum']:g} and weight decay {s['weight_decay']:g}, learning rate "
-        f"{s['lr']:g} divided by "
-        f"{s['lr_decay']:g} behind epochs {milestones}, pad-crop-flip augmentation, "
-        f"{everything['protocol']['runs']} runs of each kind. Times are those of "
-        f"short runs (`--tables {TIMES}`)."
+        f"{s['lr']:g} divided by {s['lr_decay']:g} behind epochs {milestones}, pad-crop-flip "
+        f"augmentation, {everything['protocol']['runs']} runs of each kind. Times are those of short "
+        f"runs (`--tables {TIMES}`)."
     )
 
 
@@ -69,7 +71,7 @@ def _way(row: dict[str, Any]) -> list[str]:
 
 def _published(figures: list[dict[str, Any]]) -> str:
     return " / ".join(
-        f"{figure['error']:.2f}"
+        figure["error"]
         + ("\\*" if figure.get("rerun") else "")
         + SYMBOLS[figure.get("source", "FDG")]
         for figure in figures
@@ -94,12 +96,20 @@ def _ours(runs: list[dict[str, Any]], name: str, row: dict[str, Any]) -> str:
     return f"{median:.2f} ({len(found)}{length})"
 
 
-def _our_seconds(runs: list[dict[str, Any]], row: dict[str, Any]) -> str:
-    for run in runs:
-        same = all(run[key] == row.get(key, 1) for key in ("model", "method", "stages"))
-        if run["what"] == "times" and same:
-            return f"{run['seconds_per_epoch']:.1f}"
-    return NOT_MEASURED
+def _our_times(runs: list[dict[str, Any]], row: dict[str, Any]) -> list[str]:
+    """Seconds per epoch, and their share of BP's with the same net; nothing if nothing was run."""
+    if not runs:
+        return []
+    seconds = {
+        (run["method"], run["stages"]): run["seconds_per_epoch"]
+        for run in runs
+        if run["what"] == "times" and run["model"] == row["model"]
+    }
+    ours = seconds.get((row["method"], row.get("stages", 1)))
+    if ours is None:
+        return [NOT_MEASURED, NOT_MEASURED]
+    bp = seconds.get(("bp", 1))
+    return [f"{ours:.1f}", NOT_MEASURED if bp is None else f"{100 * ours / bp:.1f}"]
 
 
 def _failed(results: dict[str, Any] | None) -> list[str]:
@@ -111,7 +121,7 @@ def _sources(everything: dict[str, Any]) -> list[str]:
     """Whom each figure is from."""
     sources, lines = everything["sources"], []
     for key, symbol in SYMBOLS.items():
-        what = f"Errors marked {symbol}" if symbol else "Errors and protocol"
+        what = f"What is marked {symbol}" if symbol else "Errors and protocol"
         lines.append(
             f"- {what}: [{sources[key]['url']}]({sources[key]['url']}), {_text(sources, key)}."
         )
