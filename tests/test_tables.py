@@ -74,6 +74,11 @@ def test_a_picture_drawn_by_other_code(copy: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(training_step, "__file__", str(other))
     line = "docs/results/training_step.png was not drawn by this training_step.py and drawing.py"
     assert tables.problems() == [line]
+    monkeypatch.undo()
+    monkeypatch.setattr(memory, "DRAWN_BY", (training_step,), raising=False)
+    (picture,) = pictures_of(memory)
+    what = picture.stale(ROOT / "docs" / "results")
+    assert what == "was not drawn by this memory.py, training_step.py and drawing.py"
 
 
 def test_missing_files_and_pictures_of_nothing(copy: Path) -> None:
@@ -116,6 +121,10 @@ def test_a_section_without_a_title_is_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(memory, "section", lambda: ["Memory", ""])
     with pytest.raises(ValueError, match=r"memory.section\(\) should begin with \*\*a title"):
         section_of(memory)
+    monkeypatch.setattr(memory, "TITLE", "What a stage holds", raising=False)
+    section = section_of(memory)
+    assert (section.title, section.anchor) == ("What a stage holds", "#what-a-stage-holds")
+    assert section.lines == ["", "Memory", ""]
 
 
 def test_a_stamp_is_read_from_the_file() -> None:

@@ -55,28 +55,37 @@ class Section(NamedTuple):
 
 
 def section_of(module: ModuleType) -> Section:
-    """What a report module says: ``section()``, whose first line is a heading or bold text and perhaps a
-    note, and ``goals()`` where it has them.
+    """What a report module says: ``section()`` and, where it has them, ``goals()``. Its title is
+    ``TITLE``, or the section's first line, a heading or bold text and perhaps a note.
 
     Raises:
-        ValueError: the section does not begin with a title.
+        ValueError: the section has no title.
     """
-    first, *lines = module.section()
+    lines = module.section()
+    if hasattr(module, "TITLE"):
+        title, body = module.TITLE, ["", *lines]
+    else:
+        title, body = _titled(lines, module.__name__)
+    command = f"`{command_of(module)}`"
+    body = [f"{line}: {command}" if line == NOT_MEASURED else line for line in body]
+    goals = module.goals() if hasattr(module, "goals") else []
+    return Section(title, body, goals)
+
+
+def _titled(lines: Sequence[str], module: str) -> tuple[str, list[str]]:
+    """Title and body of a section that begins with its title."""
+    first, *body = lines
     found = HEADING.match(first)
     if found is None:
         raise ValueError(
-            f"{module.__name__}.section() should begin with **a title** or ## a title; it begins "
-            f"with {first!r}"
+            f"{module}.section() should begin with **a title** or ## a title, or the module have a "
+            f"TITLE; it begins with {first!r}"
         )
     note = (found["rest"] or "").strip(" :")
     if note.startswith("(") and note.endswith(")"):
         # A sentence of its own under a heading, instead of brackets behind bold words.
         note = f"{note[1].upper()}{note[2:-1]}."
-    body = ["", note, *lines] if note else list(lines)
-    command = f"`{command_of(module)}`"
-    body = [f"{line}: {command}" if line == NOT_MEASURED else line for line in body]
-    goals = module.goals() if hasattr(module, "goals") else []
-    return Section(found["bold"] or found["title"], body, goals)
+    return found["bold"] or found["title"], ["", note, *body] if note else body
 
 
 def command_of(module: ModuleType) -> str:

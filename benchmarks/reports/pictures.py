@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,9 +45,16 @@ class Picture:
         """The name of the result file."""
         return self.module.__name__.rpartition(".")[2]
 
+    @property
+    def drawn_by(self) -> list[ModuleType]:
+        """What decides how it looks: the function's module, ``DRAWN_BY`` of the report module, and what
+        all pictures share."""
+        own = sys.modules[self.draw.__module__]
+        return [own, *getattr(self.module, "DRAWN_BY", ()), drawing]
+
     def stamp(self) -> dict[str, str]:
         """What the file says it was drawn from and by."""
-        sources = [Path(str(module.__file__)).read_bytes() for module in (self.module, drawing)]
+        sources = [_source_of(module).read_bytes() for module in self.drawn_by]
         return {
             RESULTS_KEY: _hash(file_of(self.results).read_bytes()),
             MODULE_KEY: _hash(b"".join(sources)),
@@ -72,7 +80,8 @@ class Picture:
         if there.get(RESULTS_KEY) != due[RESULTS_KEY]:
             return f"was not drawn from this {self.results}.json"
         if there.get(MODULE_KEY) != due[MODULE_KEY]:
-            return f"was not drawn by this {Path(str(self.module.__file__)).name} and drawing.py"
+            names = [_source_of(module).name for module in self.drawn_by]
+            return f"was not drawn by this {', '.join(names[:-1])} and {names[-1]}"
         return None
 
 
@@ -105,6 +114,10 @@ def texts(file: Path) -> dict[str, str]:
             found[keyword.decode("latin-1")] = text.decode("latin-1")
         at += length + 12  # its length, its kind and its checksum are four bytes each
     return found
+
+
+def _source_of(module: ModuleType) -> Path:
+    return Path(str(module.__file__))
 
 
 def _hash(data: bytes) -> str:
