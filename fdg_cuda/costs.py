@@ -73,6 +73,7 @@ def measure(
     precision: Precision = Precision.FLOAT32,
     synchronize: Callable[[], object] = lambda: None,
     random_devices: Sequence[int] = (),
+    stopped: Callable[[], bool] = lambda: False,
 ) -> list[LayerCost]:
     """What each layer costs on ``batch``.
 
@@ -91,6 +92,7 @@ def measure(
         precision: in which layers and loss compute.
         synchronize: waits until the device has done what it was given.
         random_devices: CUDA devices whose random state is to be as before.
+        stopped: whether to make no more passes, since nobody wants the result.
     """
     buffers = SavedBuffers(layers)
     gradients = [(p, p.grad) for layer in layers for p in layer.parameters()]
@@ -100,7 +102,7 @@ def measure(
         torch.set_num_threads(threads)
         with torch.random.fork_rng(devices=list(random_devices)), torch.enable_grad():
             counted = SavedBytes()
-            passes = _repeated(partial(chain.run, counted), chain.run_and_whole)
+            passes = _repeated(partial(chain.run, counted), chain.run_and_whole, stopped)
     finally:
         torch.set_num_threads(previous_threads)
         buffers.restore()
@@ -164,14 +166,18 @@ def as_one(apart: Sequence[float], whole: float) -> list[float]:
     return [seconds * whole / total for seconds in left] if total > 0 else left
 
 
-def _repeated(first: Callable[[], _Pass], again: Callable[[], _Pass]) -> list[_Pass]:
+def _repeated(
+    first: Callable[[], _Pass],
+    again: Callable[[], _Pass],
+    stopped: Callable[[], bool] = lambda: False,
+) -> list[_Pass]:
     """What passes came to: those behind the first, or the first if there is no time for more."""
     begin = time.perf_counter()
     passes = [first()]
     spent = time.perf_counter() - begin
     longest = 2 * spent  # those that follow run the chain twice
     while len(passes) <= MOST_PASSES and spent + longest <= LIMIT_SECONDS:
-        if len(passes) > LEAST_PASSES and spent >= ENOUGH_SECONDS:
+        if stopped() or (len(passes) > LEAST_PASSES and spent >= ENOUGH_SECONDS):
             break
         passes.append(again())
         now = time.perf_counter() - begin

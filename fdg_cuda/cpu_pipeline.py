@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 
 from torch import Tensor
 
-from fdg_cuda._core import Scheduler, keep_freed_memory, return_freed_memory
+from fdg_cuda._core import Scheduler
 from fdg_cuda.backward_weights import BackwardWeights
 from fdg_cuda.batches import Batch
 from fdg_cuda.chain import check_loss
 from fdg_cuda.cpu_stage import CpuStage
 from fdg_cuda.cpu_threads import set_threads_of_streams
+from fdg_cuda.freed_memory import keep_freed, return_freed_memory
 from fdg_cuda.interrupts import Interrupts
 from fdg_cuda.layout import CpuLayout
 from fdg_cuda.loss_scale import LossScale
@@ -62,9 +62,7 @@ class CpuPipeline(Pipeline):
         )
         self._stages = list(stages)
         self._targets: dict[int, Nested] = {}
-        # Before the stages' threads start: a thread keeps the arena it begins with.
-        if os.environ.get("FDG_KEEP_FREED_MEMORY", "1") != "0":
-            keep_freed_memory()
+        keep_freed()  # before the stages' threads start
         self._rerouted = False
         layout = CpuLayout(schedule, mode)
         self._lanes = [Lane(layout.stage_of(i), name) for i, name in enumerate(layout.streams)]

@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from torch import nn
 
+from fdg_cuda.at_work import measured_at_work
 from fdg_cuda.backward_weights import BackwardWeights
 from fdg_cuda.batches import Batch
 from fdg_cuda.costs import LayerCost, measure
@@ -199,11 +200,30 @@ class CpuMachine(Machine):
         self, layers: Sequence[nn.Module], batch: Batch, loss_fn: LossFunction
     ) -> list[LayerCost]:
         threads = self._threads_per_stage()
+        others = min(self._stages_at_once, share_of_cores(self._cpu_threads, 1)) - 1
 
         def measured() -> list[LayerCost]:
-            return measure(layers, batch, loss_fn, threads=threads, precision=self.precision)
+            return measured_at_work(
+                lambda stopped: measure(
+                    layers,
+                    batch,
+                    loss_fn,
+                    threads=threads,
+                    precision=self.precision,
+                    stopped=stopped,
+                ),
+                others=others,
+            )
 
-        return remembered(layers, batch, loss_fn, threads, measured, precision=self.precision)
+        return remembered(
+            layers,
+            batch,
+            loss_fn,
+            threads,
+            measured,
+            device=f"cpu beside {others}",
+            precision=self.precision,
+        )
 
     def update_seconds_per_byte(self) -> float:
         return update_seconds_per_byte(torch.device("cpu"), self._threads_per_stage())
@@ -258,8 +278,11 @@ class CpuMachine(Machine):
             yield from inference.run(batches)
 
     def _threads_per_stage(self) -> int:
-        at_once = 1 if self.schedule.method == "bp" else self.schedule.stages
-        return share_of_cores(self._cpu_threads, at_once)
+        return share_of_cores(self._cpu_threads, self._stages_at_once)
+
+    @property
+    def _stages_at_once(self) -> int:
+        return 1 if self.schedule.method == "bp" else self.schedule.stages
 
 
 def _caller_has_settings() -> bool:

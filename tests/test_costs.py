@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gc
 import itertools
+import signal
+import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import ClassVar
 
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fdg_cuda import FDGRunner, costs
+from fdg_cuda.at_work import measured_at_work
 from fdg_cuda.backward_weights import BackwardWeights
 from fdg_cuda.capture import capture
 from fdg_cuda.costs import LayerCost, measure
@@ -401,3 +404,49 @@ def chain_of(kind: str) -> tuple[nn.Sequential, list[Batch]]:
         data = [(x.float(), y) for x, y in batches(8, last=None)]
         return mlp().float(), data
     return mlp(), batches(8, last=None)
+
+
+def test_measured_at_work() -> None:
+    """On another thread, beside others, which end with it, also where it raises; no trace is left."""
+    random_state, threads = torch.get_rng_state(), torch.get_num_threads()
+    names: set[str] = set()
+
+    def measure_nothing(stopped: Callable[[], bool]) -> int:
+        names.update(thread.name for thread in threading.enumerate())
+        assert not stopped()
+        torch.set_num_threads(1)
+        assert threading.current_thread() is not threading.main_thread()
+        return 7
+
+    def fail(stopped: Callable[[], bool]) -> int:
+        raise LookupError("as it should")
+
+    before = threading.active_count()
+    assert measured_at_work(measure_nothing, others=2) == 7
+    assert len(names) >= before + 3
+    with pytest.raises(LookupError, match="as it should"):
+        measured_at_work(fail, others=1)
+    assert threading.active_count() == before
+    assert torch.get_num_threads() == threads
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+
+def test_an_interrupt_stops_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody waits for the passes that are left."""
+    monkeypatch.setattr(costs, "MOST_PASSES", 10**6)
+    monkeypatch.setattr(costs, "ENOUGH_SECONDS", 600.0)
+    monkeypatch.setattr(costs, "LIMIT_SECONDS", 600.0)
+    passes = itertools.count()
+
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        if next(passes) == 5:
+            to = threading.main_thread().ident
+            assert to is not None
+            signal.pthread_kill(to, signal.SIGINT)  # as the kernel chooses
+        return F.cross_entropy(output, target)
+
+    runner = FDGRunner(mlp(), ["cpu"] * 2, loss_fn=loss)
+    before = threading.active_count()
+    with pytest.raises(KeyboardInterrupt):
+        runner.fit([BATCH])
+    assert threading.active_count() == before
