@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,7 @@ def test_a_picture_drawn_by_other_code(copy: Path, monkeypatch: pytest.MonkeyPat
     line = "docs/results/training_step.png was not drawn by this training_step.py and drawing.py"
     assert tables.problems() == [line]
     monkeypatch.undo()
+    monkeypatch.setattr(memory, "picture", partial(memory.picture))
     monkeypatch.setattr(memory, "DRAWN_BY", (training_step,), raising=False)
     (picture,) = pictures_of(memory)
     what = picture.stale(ROOT / "docs" / "results")

@@ -11,6 +11,7 @@ import struct
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -49,8 +50,10 @@ class Picture:
     def drawn_by(self) -> list[ModuleType]:
         """What decides how it looks: the function's module, ``DRAWN_BY`` of the report module, and what
         all pictures share."""
-        own = sys.modules[self.draw.__module__]
-        return [own, *getattr(self.module, "DRAWN_BY", ()), drawing]
+        draw = self.draw
+        while isinstance(draw, partial):
+            draw = draw.func
+        return [sys.modules[draw.__module__], *getattr(self.module, "DRAWN_BY", ()), drawing]
 
     def stamp(self) -> dict[str, str]:
         """What the file says it was drawn from and by."""
