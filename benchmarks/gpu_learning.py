@@ -12,31 +12,23 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import learning_curves, learning_runs
 from benchmarks.device_clock import Deadline
 from benchmarks.harness import write
-from fdg_cuda import FDGRunner, data, lr_schedule, models
-from fdg_cuda.errors import NonFiniteLossError
+from benchmarks.learning_runs import BP, Way, key_of, shown
+from fdg_cuda import FDGRunner, data, models
 from fdg_cuda.files import replacing
-from fdg_cuda.metrics import EpochResult
-from fdg_cuda.settings import Settings
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 NAME = "gpu_learning"
 SEEDS, MOST_SEEDS = 3, 7
@@ -46,22 +38,8 @@ LR = 0.1
 CAREFUL_LR = 1e-3  # two epochs have no warm-up, and only their time counts
 MARGIN = 1.1  # a run may take so much longer than it was measured to
 AT_THE_END_S = 15.0
-COLORS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7")  # which colour-blind readers can tell apart
 
-
-@dataclass(frozen=True)
-class Way:
-    """How a net is trained."""
-
-    stages: int
-    beta: float | None = None  # None: BP
-
-    @property
-    def name(self) -> str:
-        return "bp" if self.beta is None else f"fdg K={self.stages} beta={self.beta:g}"
-
-
-WAYS = [Way(1), *(Way(stages, beta) for beta in (0.5, 1.0) for stages in (2, 3, 4))]
+WAYS = [BP, *(Way("fdg", stages, beta) for beta in (0.5, 1.0) for stages in (2, 3, 4))]
 
 
 @dataclass(frozen=True)
@@ -85,43 +63,17 @@ class Study:
             num_classes=self.spec.num_classes,
             image_size=self.spec.image_size,
         )
-        method = {"method": "bp"} if way.beta is None else {"method": "fdg", "beta": way.beta}
-        place = {} if self.is_cuda else {"cpu_threads": way.stages}
-        options: dict[str, Any] = {**method, **place}
-        return FDGRunner(net, [0 if self.is_cuda else "cpu"] * way.stages, lr=lr, **options)
+        place: dict[str, Any] = {} if self.is_cuda else {"cpu_threads": way.stages}
+        devices = [0 if self.is_cuda else "cpu"] * way.stages
+        return FDGRunner(net, devices, method=way.method, beta=way.beta, lr=lr, **place)
 
     def train(self, way: Way, seed: int, epochs: int, lr: float = LR) -> dict[str, Any]:
-        """One run: a row per epoch, and why it diverged if it did."""
         runner = self.runner(way, seed, lr)
         loader = data.BatchLoader(
             self.spec.train, BATCH_SIZE, shuffle=True, seed=seed, drop_last=True
         )
-        settings = Settings(epochs=epochs).completed(threads=1)
-        scheduler = lr_schedule.from_settings(runner.optimizer, settings, len(loader))
-        rows: list[dict[str, Any]] = []
-
-        def on_epoch(result: EpochResult) -> None:
-            begin = time.perf_counter()
-            accuracy = runner.evaluate(self.test).accuracy
-            assert accuracy is not None
-            rows.append(
-                {
-                    "train_loss": result.loss,
-                    "test_error": 1 - accuracy,
-                    "seconds": result.seconds,
-                    "test_seconds": time.perf_counter() - begin,
-                }
-            )
-
-        diverged = None
-        begin = time.perf_counter()
-        try:
-            runner.fit(loader, epochs, lr_scheduler=scheduler, lr_step="batch", on_epoch=on_epoch)
-        except NonFiniteLossError as error:
-            diverged = str(error)
-        seconds = time.perf_counter() - begin
-        return {"way": way.name, "seed": seed, "epochs": rows, "diverged": diverged,
-                "split": runner.split, "seconds": seconds}  # fmt: skip
+        run = learning_runs.train(runner, loader, self.test, epochs)
+        return {"way": way.name, "seed": seed, **run}
 
 
 def make_study(settings: argparse.Namespace) -> Study:
@@ -177,102 +129,29 @@ def load(folder: Path, study: Study) -> dict[str, Any]:
         return fresh
 
 
-def key_of(way: Way, seed: int) -> str:
-    return f"{way.name} seed={seed}"
-
-
-def finals(results: dict[str, Any], way: str) -> dict[int, float]:
-    """Test error behind the last epoch by seed, of the runs that did not diverge."""
-    runs = [run for run in results["runs"].values() if run["way"] == way and not run["diverged"]]
-    return {run["seed"]: run["epochs"][-1]["test_error"] for run in runs}
-
-
-def spread(values: Sequence[float]) -> dict[str, float]:
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return {"mean": statistics.fmean(values), "sd": deviation, "n": len(values)}
-
-
-def summary(results: dict[str, Any]) -> dict[str, Any]:
-    """Per way the final test errors, and their differences to BP with the same seed."""
-    found = {}
-    bp = finals(results, WAYS[0].name)
-    for way in WAYS:
-        errors = finals(results, way.name)
-        runs = [run for run in results["runs"].values() if run["way"] == way.name]
-        if not errors:
-            continue
-        pairs = [errors[seed] - bp[seed] for seed in errors if seed in bp]
-        found[way.name] = {
-            "test_error": spread(list(errors.values())),
-            "above_bp": spread(pairs) if pairs else None,
-            "diverged": sum(run["diverged"] is not None for run in runs),
-        }
-    return found
-
-
 def save(folder: Path, settings: argparse.Namespace, results: dict[str, Any]) -> None:
     facts = {"device": settings.device, "lr": LR, "batch_size": BATCH_SIZE}
-    write(NAME, {"settings": facts, "summary": summary(results), **results}, folder)
+    found = learning_runs.summary(results["runs"], WAYS)
+    write(NAME, {"settings": facts, "summary": found, **results}, folder)
 
 
 # -- what people see ------------------------------------------------------------------------------
 
 
 def draw(file: Path, results: dict[str, Any]) -> None:
-    """Test error over the epochs, a panel per beta: mean, least and largest over the seeds."""
-    betas = sorted({way.beta for way in WAYS if way.beta is not None})
-    figure = Figure(figsize=(11, 4.4), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(1, len(betas), sharey=True)
-    for axes, beta in zip(panels, betas, strict=True):
-        ways = [way for way in WAYS if way.beta in (None, beta)]
-        for way, color in zip(ways, COLORS, strict=True):
-            draw_way(axes, results, way, color)
-        axes.set_title(f"beta = {beta:g}", loc="left", fontsize=10)
-        axes.set_xlabel("epoch")
-        axes.grid(True, alpha=0.3)
-        if axes.lines:
-            axes.legend(fontsize=8)
-    panels[0].set_ylabel("test error (%): mean and range over seeds")
-    figure.suptitle(f"{results['model']} on {results['data']}", fontsize=11)
+    title = f"{results['model']} on {results['data']}"
+    figure = learning_curves.draw(title, results["runs"], WAYS)
     with replacing(file) as temporary:
         figure.savefig(temporary, format="png")
-
-
-def draw_way(axes: Axes, results: dict[str, Any], way: Way, color: str) -> None:
-    curves = [
-        [100 * row["test_error"] for row in run["epochs"]]
-        for run in results["runs"].values()
-        if run["way"] == way.name and not run["diverged"]
-    ]
-    if not curves:
-        return
-    columns = list(zip(*curves, strict=False))
-    numbers = range(1, len(columns) + 1)
-    mean = [statistics.fmean(column) for column in columns]
-    label = f"{way.name}: {mean[-1]:.2f} % (n = {len(curves)})"
-    axes.plot(numbers, mean, color=color, label=label, marker="." if len(mean) < 30 else "")
-    axes.fill_between(
-        numbers, [min(c) for c in columns], [max(c) for c in columns], color=color, alpha=0.15
-    )
 
 
 def show(console: Console, results: dict[str, Any]) -> None:
     epochs = (results["plan"] or {}).get("epochs", 0)
     table = Table(title=f"{results['model']} on {results['data']}, {epochs} epochs: test error, %")
-    for heading in ("", "mean", "sd", "seeds", "above bp, same seeds", "diverged"):
+    for heading in ("", "test error", "above bp, same seeds", "diverged"):
         table.add_column(heading)
-    for name, row in summary(results).items():
-        error, above = row["test_error"], row["above_bp"]
-        beyond = f"{100 * above['mean']:+.2f} (sd {100 * above['sd']:.2f})" if above else ""
-        table.add_row(
-            name,
-            f"{100 * error['mean']:.2f}",
-            f"{100 * error['sd']:.2f}",
-            str(error["n"]),
-            beyond,
-            str(row["diverged"]),
-        )
+    for name, row in learning_runs.summary(results["runs"], WAYS).items():
+        table.add_row(name, *shown(name, row))
     console.print(table)
 
 

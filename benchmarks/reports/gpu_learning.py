@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from benchmarks.reports.markdown import NOT_MEASURED, load, origin, table
+from benchmarks.reports.learning import errors
+from benchmarks.reports.markdown import NOT_MEASURED, load, origin
 
 COMMAND = "python -m benchmarks.gpu_learning --out benchmarks/results"
 
@@ -12,20 +13,10 @@ def section() -> list[str]:
     heading = "**Learning on a GPU**"
     if results is None:
         return [heading, "", NOT_MEASURED, ""]
-    rows = []
-    for name, row in results["summary"].items():
-        error, above = row["test_error"], row["above_bp"]
-        rows.append(
-            [
-                f"`{name}`",
-                f"{100 * error['mean']:.2f} % (sd {100 * error['sd']:.2f}, n = {error['n']})",
-                f"{100 * above['mean']:+.2f} (sd {100 * above['sd']:.2f})" if above else "",
-            ]
-        )
     case = f"{results['model']}, {results['data']}, {results['plan']['epochs']} epochs"
     return [
         heading,
         "",
-        *table([case, "test error", "points above bp, same seeds"], rows),
+        *errors(case, results["summary"]),
         *origin(results),
     ]
