@@ -17,7 +17,7 @@ SECTIONS = (
     cuts.auto_cut,
     cuts.cut_time,
     cuts.plans,
-    micro.micro,
+    micro.section,
     steps.overhead,
     learning.learning,
     memory.memory,
