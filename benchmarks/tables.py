@@ -15,6 +15,7 @@ from pathlib import Path
 
 from benchmarks.reports import (
     auto_cut,
+    compare,
     cut_time,
     gpu,
     gpu_learning,
@@ -25,6 +26,7 @@ from benchmarks.reports import (
     papers,
     plan,
     simulation,
+    staleness,
     training_step,
 )
 from benchmarks.reports.page import page, short
@@ -36,8 +38,10 @@ REMEDY = "run python -m benchmarks.tables and commit what it writes"
 
 # In the order of the page. A new benchmark is one line here.
 REPORTS = (
+    compare,
     training_step,
     learning,
+    staleness,
     memory,
     auto_cut,
     cut_time,
@@ -49,7 +53,7 @@ REPORTS = (
     gpu_learning,
     papers,
 )
-IN_README = (training_step, learning, gpu)  # their summary()
+IN_README = (compare, learning, gpu)  # their summary()
 
 
 def folder_of_pictures() -> Path:
