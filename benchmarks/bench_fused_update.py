@@ -1,19 +1,26 @@
-"""The fused update beside ``torch.optim.SGD``, on two parameter lists.
+"""The fused update beside ``torch.optim.SGD``, and beside the memory's bandwidth.
 
     pytest benchmarks/bench_fused_update.py --benchmark-json FILE
 
-What follows a backward is timed, from fresh gradients on the parameters to new weights with ``.grad``
-empty again; the gradients' memory is freed on neither side. ``fdg``: gradients collected, then the
-update out of place into the next weight copy.
-``torch``: ``step()`` in place, then ``zero_grad()``. Rounds take turns; ``speed_ratio`` is the figure
-to read (goals: 0.95 and 2 beside ``torch fused``).
+Four sizes, each as few large tensors and as many small ones (those of a ResNet-56, all made larger or
+smaller alike). What follows a backward is timed, from fresh gradients on the parameters to new
+weights with ``.grad`` empty again; the gradients' memory is freed on neither side. Ours: gradients
+collected, then the update out of place into the next weight copy. Theirs: ``step()`` in place, then
+``zero_grad()``. Sides take turns; ``speed_ratio`` is theirs / ours in seconds within a round (goals
+beside ``fused``: 0.95 where the memory decides, 2 for ResNet-56's own tensors).
+
+``bandwidth_share``: what the update moves (it reads weight, momentum and gradient, and writes weight
+and momentum: five numbers per parameter) per second, in shares of what a triad ``a = b + 2 c`` over
+buffers beyond the caches moves (three numbers per element), with as many threads in the same round.
+What fits into the caches can be above 1.
 """
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -22,32 +29,79 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor, nn
 
+from benchmarks.harness import quartiles
 from fdg_cuda import models
 from fdg_cuda.flat import FlatMemory
 
 Step = Callable[[], float]  # returns the seconds of what it timed
 
 HYPER: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}
-MILLIONS = 36_500_000
+RESNET56 = 853_018
+SIZES = (10_000, 100_000, RESNET56, 36_500_000)
+SERIAL = 100_000  # parameters up to which more threads are no matter
+MOVED_BYTES = 5 * 4  # per float32 parameter
+TRIAD_BYTES = 3 * 4  # per float32 element
+TRIAD_ELEMENTS = 1 << 25  # a buffer of 128 MB
+KINDS: dict[str, dict[str, bool]] = {
+    "plain": {"foreach": False, "fused": False},
+    "foreach": {"foreach": True},
+    "fused": {"fused": True},
+}
 
 
-def one_large() -> list[nn.Parameter]:
-    """36.5 million float32 parameters in tensors of a wide network's sizes."""
-    return [nn.Parameter(torch.randn(n)) for n in (MILLIONS // 2, MILLIONS // 4, MILLIONS // 4)]
+@dataclass(frozen=True)
+class Case:
+    """``elements`` float32 parameters in ``"few"`` or ``"many"`` tensors."""
+
+    elements: int
+    tensors: str
+    threads: int
+    most_repeats: int = 100
+
+    def __str__(self) -> str:
+        return f"{self.elements}-{self.tensors}-{self.threads} threads"
+
+    @property
+    def goal(self) -> float | None:
+        """The least ``speed_ratio`` beside ``fused``."""
+        return {(SIZES[-1], "few"): 0.95, (RESNET56, "many"): 2.0}.get(
+            (self.elements, self.tensors)
+        )
+
+    @property
+    def repeats(self) -> int:
+        """Steps timed as one."""
+        return max(2, min(self.most_repeats, 20_000_000 // self.elements))
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [nn.Parameter(torch.randn(n)) for n in LISTS[self.tensors](self.elements)]
 
 
-def resnet56() -> list[nn.Parameter]:
-    return list(models.build("resnet56").parameters())
+def few(elements: int) -> list[int]:
+    """Three, as a wide network's are."""
+    quarter = elements // 4
+    return [elements - 2 * quarter, quarter, quarter]
 
 
-LISTS = {"36.5M": one_large, "resnet56": resnet56}
+def many(elements: int) -> list[int]:
+    """As many as a ResNet-56 has."""
+    own = [parameter.numel() for parameter in models.build("resnet56").parameters()]
+    scale = elements / sum(own)
+    return [max(1, round(scale * n)) for n in own]
 
 
-def fused(parameters: list[nn.Parameter], threads: int) -> Step:
+LISTS = {"few": few, "many": many}
+CASES = [
+    Case(elements, tensors, threads)
+    for elements, tensors, threads in product(SIZES, LISTS, (1, 2))
+    if threads == 1 or elements > SERIAL
+]
+
+
+def ours(parameters: list[nn.Parameter], gradients: Sequence[Tensor], threads: int) -> Step:
     memory = FlatMemory(parameters, 2, 0)
     hyper = np.array([[HYPER["lr"], HYPER["momentum"], HYPER["weight_decay"], 0.0, 1.0]])
     update = memory.cpu_sgd(hyper, threads)
-    gradients = [torch.randn_like(leaf) for leaf in memory.leaves[0]]
     copy = 0
 
     def step() -> float:
@@ -64,10 +118,8 @@ def fused(parameters: list[nn.Parameter], threads: int) -> Step:
     return step
 
 
-def torch_sgd(parameters: list[nn.Parameter], threads: int, **kind: bool) -> Step:
-    torch.set_num_threads(threads)
-    optimizer = torch.optim.SGD(parameters, **HYPER, **kind)
-    gradients = [torch.randn_like(parameter) for parameter in parameters]
+def theirs(parameters: list[nn.Parameter], gradients: Sequence[Tensor], kind: str) -> Step:
+    optimizer = torch.optim.SGD(parameters, **HYPER, **KINDS[kind])
 
     def step() -> float:
         give(gradients, parameters)
@@ -84,34 +136,79 @@ def give(gradients: Sequence[Tensor], parameters: Sequence[nn.Parameter]) -> Non
         parameter.grad = gradient
 
 
-CASES: dict[str, Callable[[list[nn.Parameter], int], Step]] = {
-    "torch fused": lambda p, n: torch_sgd(p, n, fused=True),
-    "torch foreach": lambda p, n: torch_sgd(p, n, foreach=True),
-    "torch plain": lambda p, n: torch_sgd(p, n, foreach=False, fused=False),
-}
+def triad(elements: int) -> Step:
+    a, b, c = (torch.ones(elements) for _ in range(3))
+
+    def step() -> float:
+        begin = time.perf_counter()
+        torch.add(b, c, alpha=2, out=a)
+        return time.perf_counter() - begin
+
+    return step
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("parameters", LISTS)
-@pytest.mark.parametrize("other", CASES)
-def test_update_beside(
-    benchmark: BenchmarkFixture, parameters: str, threads: int, other: str
-) -> None:
-    """One of ours and one of theirs in turns; ``speed_ratio`` is theirs / ours in seconds."""
-    mine = fused(LISTS[parameters](), threads)
-    theirs = CASES[other](LISTS[parameters](), threads)
-    repeats = 3 if parameters == "36.5M" else 20
-    ratios: list[float] = []
+class Sides:
+    """Ours, theirs of every kind and the triad, a round of each at a time."""
 
-    def timed(step: Step) -> float:
+    def __init__(self, case: Case, triad_elements: int) -> None:
+        self.case = case
+        self.triad_elements = triad_elements
+        parameters = case.parameters()
+        gradients = [torch.randn_like(parameter) for parameter in parameters]
+        self.sides = {"ours": ours(case.parameters(), gradients, case.threads)}
+        # They share the weights, whose values are no matter.
+        self.sides |= {kind: theirs(parameters, gradients, kind) for kind in KINDS}
+        self.triad = triad(triad_elements)
+        self.elements = sum(parameter.numel() for parameter in parameters)
+        self.rounds: list[dict[str, float]] = []
+
+    def round(self) -> None:
+        seconds = {name: self.timed(step, self.case.repeats) for name, step in self.sides.items()}
+        self.rounds.append({**seconds, "triad": self.timed(self.triad, 2)})
+
+    def timed(self, step: Step, repeats: int) -> float:
+        """Seconds per step."""
         time.sleep(0.01)  # OpenMP's threads go on spinning after their work
-        return sum(step() for _ in range(repeats))
+        return sum(step() for _ in range(repeats)) / repeats
 
-    def round_of_both() -> None:
-        seconds = timed(mine)
-        ratios.append(timed(theirs) / seconds)
+    def results(self, warmups: int) -> dict[str, Any]:
+        rounds = self.rounds[warmups:]
+        moved, triad = MOVED_BYTES * self.elements, TRIAD_BYTES * self.triad_elements
+        return {
+            "kind": "update",
+            "elements": self.case.elements,
+            "tensors": self.case.tensors,
+            "threads": self.case.threads,
+            "ms": quartiles([1e3 * r["ours"] for r in rounds]),
+            "speed_ratio": {
+                kind: quartiles([r[kind] / r["ours"] for r in rounds]) for kind in KINDS
+            },
+            "goal": self.case.goal,
+            "triad_gb_per_s": quartiles([1e-9 * triad / r["triad"] for r in rounds]),
+            "gb_per_s": quartiles([1e-9 * moved / r["ours"] for r in rounds]),
+            "bandwidth_share": quartiles(
+                [moved / r["ours"] / (triad / r["triad"]) for r in rounds]
+            ),
+        }
 
-    benchmark.pedantic(round_of_both, rounds=15, warmup_rounds=2)
-    low, middle, high = statistics.quantiles(ratios[2:], n=4)
-    benchmark.extra_info["speed_ratio"] = {"median": middle, "q1": low, "q3": high}
-    print(f"  our speed / theirs: {middle:.2f} ({low:.2f} to {high:.2f})")
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    quick = metafunc.config.getoption("quick")
+    metafunc.parametrize(
+        "case", [Case(1000, name, 1, most_repeats=2) for name in LISTS] if quick else CASES, ids=str
+    )
+    metafunc.parametrize("triad_elements", [1000 if quick else TRIAD_ELEMENTS], ids=str)
+
+
+def test_update(benchmark: BenchmarkFixture, case: Case, triad_elements: int) -> None:
+    warmups = 2
+    threads = torch.get_num_threads()
+    torch.set_num_threads(case.threads)
+    try:
+        sides = Sides(case, triad_elements)
+        benchmark.pedantic(sides.round, rounds=11, warmup_rounds=warmups)
+    finally:
+        torch.set_num_threads(threads)
+    benchmark.extra_info.update(sides.results(warmups))
+    ratios = benchmark.extra_info["speed_ratio"]
+    print("  our speed / theirs:", {kind: round(q["median"], 2) for kind, q in ratios.items()})

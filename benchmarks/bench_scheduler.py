@@ -1,4 +1,4 @@
-"""What the scheduler itself costs: ticks of ``fdg`` whose actions do nothing.
+"""What the scheduler itself costs: ticks of ``fdg`` whose actions do nothing, K = 1 to 64.
 
     pytest benchmarks/bench_scheduler.py --benchmark-json FILE
 
@@ -13,13 +13,16 @@ from collections.abc import Callable
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
+from benchmarks.harness import quartiles
 from fdg_cuda._core import Scheduler
 from fdg_cuda.backward_weights import BackwardWeights
 from fdg_cuda.layout import CpuLayout, Step
 from fdg_cuda.program import NoWork, Program
 from fdg_cuda.schedule import Schedule
 
+STAGES = (1, 2, 4, 8, 16, 32, 64)
 TICKS = 1000
+GOALS_US = {"native": 10.0, "python": 60.0}
 
 
 class PythonNoWork(NoWork):
@@ -29,23 +32,38 @@ class PythonNoWork(NoWork):
         return lambda batch: None
 
 
-@pytest.mark.parametrize("stages", [1, 2, 4, 8, 16, 64])
-@pytest.mark.parametrize("work", [NoWork, PythonNoWork], ids=["native", "python"])
-def test_empty_actions(benchmark: BenchmarkFixture, stages: int, work: type[NoWork]) -> None:
+WORKS: dict[str, type[NoWork]] = {"native": NoWork, "python": PythonNoWork}
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    quick = metafunc.config.getoption("quick")
+    metafunc.parametrize("stages", (1, 4) if quick else STAGES)
+    metafunc.parametrize("ticks", (10 if quick else TICKS,), ids=str)
+    metafunc.parametrize("work", WORKS)
+
+
+def test_empty_actions(benchmark: BenchmarkFixture, stages: int, ticks: int, work: str) -> None:
     schedule = Schedule("fdg", stages)
     layout = CpuLayout(schedule, BackwardWeights.STASH)
     scheduler = Scheduler("cpu", layout.streams)
-    program = Program(schedule, layout, scheduler, [work() for _ in range(stages)])
-    ticks = TICKS if stages <= 8 else TICKS // 10
+    program = Program(schedule, layout, scheduler, [WORKS[work]() for _ in range(stages)])
+    full = ticks if stages <= 8 else ticks // 10
 
     def epoch() -> None:
-        for tick in range(ticks + schedule.latency):
-            program.submit(tick, ticks if tick >= ticks else None)
+        for tick in range(full + schedule.latency):
+            program.submit(tick, full if tick >= full else None)
         scheduler.synchronize()
 
     benchmark.pedantic(epoch, rounds=7, warmup_rounds=1)
     scheduler.close()
     assert benchmark.stats is not None
-    per_tick = benchmark.stats.stats.median / (ticks + schedule.latency)
-    benchmark.extra_info["per_stage_and_tick_us"] = round(1e6 * per_tick / stages, 3)
-    print(f"  {benchmark.extra_info['per_stage_and_tick_us']} us per stage and tick")
+    times = 1e6 / ((full + schedule.latency) * stages)
+    per_tick = quartiles([times * seconds for seconds in benchmark.stats.stats.data])
+    benchmark.extra_info.update(
+        kind="scheduler",
+        stages=stages,
+        work=work,
+        per_stage_and_tick_us=per_tick,
+        goal=GOALS_US[work],
+    )
+    print(f"  {per_tick['median']:.3f} us per stage and tick")

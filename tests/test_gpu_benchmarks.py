@@ -28,6 +28,7 @@ from benchmarks.green_contexts import (
     group_size,
 )
 from benchmarks.reports import gpu as gpu_section
+from benchmarks.reports import gpu_learning as learning_section
 from benchmarks.reports import markdown
 from fdg_cuda.errors import NonFiniteLossError
 
@@ -94,7 +95,7 @@ def test_the_update_beside_a_copy(whole: Path) -> None:
 
 def test_the_readme_would_show_it(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(markdown, "RESULTS", whole)
-    text = "\n".join(gpu_section.gpu())
+    text = "\n".join(gpu_section.section())
     assert "| fdg K=4 eager |" in text
     assert "at least 0.9" in text
     assert "green: needs a CUDA device" in text
@@ -360,4 +361,4 @@ def test_as_many_epochs_as_fit() -> None:
 
 def test_the_readme_shows_what_was_learnt(learned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(markdown, "RESULTS", learned)
-    assert "| `fdg K=4 beta=0.5` |" in "\n".join(gpu_section.gpu())
+    assert "| `fdg K=4 beta=0.5` |" in "\n".join(learning_section.section())

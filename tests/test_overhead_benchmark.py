@@ -12,7 +12,8 @@ from rich.console import Console
 
 from benchmarks import overhead
 from benchmarks.overhead import Overhead, Task
-from benchmarks.reports import markdown, steps
+from benchmarks.reports import markdown
+from benchmarks.reports import overhead as report
 
 TINY = Task(
     model="mlp", batch_size=2, batches=4, validation_batches=1, every=2, rounds=3, threads=2
@@ -64,11 +65,11 @@ def test_the_file_is_what_the_readme_shows(
     results: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(markdown, "RESULTS", tmp_path)
-    assert markdown.NOT_MEASURED in steps.overhead()
+    assert markdown.NOT_MEASURED in report.section()
     monkeypatch.setattr(overhead, "measure", lambda task, console: results)
     overhead.main(["--out", str(tmp_path), "--rounds", "1"])
     assert json.loads((tmp_path / "overhead.json").read_text())["environment"]["torch"]
-    text = "\n".join(steps.overhead())
+    text = "\n".join(report.section())
     assert f"| {overhead.KEPT} / {overhead.BARE} |" in text
     assert "at most 1.02" in text
     assert "(on the way: every 2)" in text

@@ -188,5 +188,4 @@ PICTURES: dict[str, Callable[[dict[str, Any]], Figure]] = {
     "learning_curves": draw_curves,
     "largest_lr": draw_rates,
 }
-
-learning = section  # as benchmarks.tables calls it
+DRAWN_BY = (learning_curves,)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import RESULTS
@@ -10,8 +11,13 @@ from benchmarks.harness import RESULTS
 NOT_MEASURED = "not measured yet"
 
 
+def file_of(name: str) -> Path:
+    """Where the results of a benchmark are, if it was run."""
+    return RESULTS / f"{name}.json"
+
+
 def load(name: str) -> dict[str, Any] | None:
-    file = RESULTS / f"{name}.json"
+    file = file_of(name)
     return json.loads(file.read_text()) if file.exists() else None
 
 

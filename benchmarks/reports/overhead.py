@@ -1,30 +1,12 @@
-"""Whole training steps, and what a run costs beside them."""
+"""What a run costs beside its training steps."""
 
 from __future__ import annotations
 
+from benchmarks.reports.goals import Goal, of_ratios
 from benchmarks.reports.markdown import NOT_MEASURED, goal_of, load, origin, spread, table
 
 
-def training_step() -> list[str]:
-    results = load("training_step")
-    heading = "**Whole training steps** (medians, quartiles in brackets; ratios within a round)"
-    if results is None:
-        return [heading, "", NOT_MEASURED, ""]
-    s = results["settings"]
-    layout = "channels_last" if s["channels_last"] else "contiguous"
-    seconds = [[name, spread(q)] for name, q in results["seconds_per_step"].items()]
-    ratios = [[f"{r['of']} / {r['to']}", spread(r, 3), goal_of(r)] for r in results["ratios"]]
-    case = f"{s['model']}, batch {s['batch_size']}, 3x32x32, {layout}"
-    return [
-        heading,
-        "",
-        *table([case, "seconds per step"], seconds),
-        *table(["ratio", "measured", "goal"], ratios),
-        *origin(results),
-    ]
-
-
-def overhead() -> list[str]:
+def section() -> list[str]:
     results = load("overhead")
     heading = "**Metrics, progress, checkpoints and validation** (medians; ratios within a round)"
     if results is None:
@@ -46,3 +28,10 @@ def overhead() -> list[str]:
         *table(["ratio", "measured", "goal"], ratios),
         *origin(results),
     ]
+
+
+def goals() -> list[Goal]:
+    results = load("overhead")
+    if results is None:
+        return [Goal("metrics, progress, checkpoints and validation", "at most 1.02 of without")]
+    return of_ratios(results["settings"]["model"], results["ratios"])

@@ -1,0 +1,305 @@
+"""How far delayed gradients point from fresh ones: the angle between them during training.
+
+    python -m benchmarks.staleness [--model resnet20] [--batches 240] [--every 10] [--quick --out FOLDER]
+
+The same net, weights, batches and order, trained with ``fdg`` on K = 2 to 8 stages by
+:mod:`fdg_cuda.reference`, with ``stash`` and with ``current`` backward weights. When stage k updates
+for batch b, the *delayed* gradient is the one it uses; the *fresh* one is BP's of the same batch and
+the same parameters at the weights of that moment: those that every stage has when that tick begins.
+Stage k updates for batch b in tick b + 2K-2-k, in which stage j updates for batch b + j-k; so
+they are stage j's weights behind b + j-k updates. The angle is 0 where nothing is stale, 90 degrees
+where the two have nothing to do with each other, above where the update does harm.
+
+For the whole net, each side is all stages' gradients of batch b one behind the other.
+
+beta is 1: shrinking changes the length of a stage's gradient and not its direction; but it gives the
+stages of the whole net other weights, and the training another course. BatchNorm takes the statistics
+of the batch in both; the fresh pass leaves no trace in buffers.
+
+A run that is interrupted leaves what it has in the result file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import chain, pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from benchmarks.harness import RESULTS, quartiles, write
+from fdg_cuda import data, models, reference
+
+MODES = ("stash", "current")
+MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4
+Batch = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is trained, and when it is looked at.
+
+    Attributes:
+        batches: trained, in one epoch.
+        every: a batch in so many is looked at, once all slots of the longest pipeline are filled.
+        pooled: side of the squares of pixels that are averaged.
+    """
+
+    model: str = "resnet20"
+    data: str = "fashion-mnist"
+    batch_size: int = 64
+    batches: int = 240
+    every: int = 10
+    stages: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)
+    lr: float = 0.05
+    pooled: int = 2
+    seed: int = 0
+
+    def sampled(self) -> list[int]:
+        """The batches that are looked at, the same for every K."""
+        most = max(self.stages)
+        first = -(-2 * most // self.every) * self.every
+        return list(range(first, self.batches - most + 1, self.every))
+
+
+QUICK = Study(
+    model="mlp", data="digits", batch_size=8, batches=14, every=2, stages=(2, 3), pooled=1
+)
+
+
+@dataclass
+class Course:
+    """A stage's newest weights and gradients, as its training went.
+
+    Attributes:
+        weights: behind 0, 1, ... updates; each a list of tensors by parameter.
+        gradients: of batch 0, 1, ...
+    """
+
+    weights: list[list[Tensor]] = field(default_factory=list)
+    gradients: list[list[Tensor]] = field(default_factory=list)
+
+
+class RecordedSGD(torch.optim.SGD):
+    """Keeps what it gets and what it makes of it in ``course``."""
+
+    def __init__(self, parameters: list[nn.Parameter], course: Course, lr: float) -> None:
+        super().__init__(parameters, lr=lr, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
+        self._parameters = parameters
+        self._course = course
+        course.weights.append(self._weights())
+
+    def _weights(self) -> list[Tensor]:
+        return [parameter.detach().clone() for parameter in self._parameters]
+
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """As SGD's."""
+        gradients = [parameter.grad for parameter in self._parameters]
+        self._course.gradients.append([g.clone() for g in gradients if g is not None])
+        super().step(closure)
+        self._course.weights.append(self._weights())
+
+
+def train(
+    stages: Sequence[nn.Module],
+    batches: Sequence[Batch],
+    mode: str,
+    lr: float,
+    trained: Callable[[], object] = lambda: None,
+) -> tuple[list[Course], list[float]]:
+    """Train ``stages`` with ``fdg`` and beta 1, in place; what each went through, and the losses.
+
+    Args:
+        trained: called with every batch.
+    """
+    courses: list[Course] = []
+
+    def optimizer(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        courses.append(Course())
+        return RecordedSGD(parameters, courses[-1], lr)
+
+    def rate(batch: int) -> float:
+        trained()
+        return lr
+
+    result = reference.train(
+        stages, batches, lr=rate, beta=1.0, backward_weights=mode, optimizer=optimizer
+    )
+    return courses, result.losses
+
+
+class Fresh:
+    """BP through ``stages`` with weights of any moment. The modules themselves stay as they are."""
+
+    def __init__(self, stages: Sequence[nn.Module]) -> None:
+        self._stages = copy.deepcopy(list(stages))
+        self._parameters = [list(stage.parameters()) for stage in self._stages]
+
+    def gradients(self, courses: Sequence[Course], batch: Batch, b: int, k: int) -> list[Tensor]:
+        """Of stage ``k``'s parameters, for ``batch``, which is number ``b``, at the weights of the
+        moment of the stage's update for it."""
+        for j, (course, parameters) in enumerate(zip(courses, self._parameters, strict=True)):
+            updates = min(max(0, b + j - k), len(course.weights) - 1)
+            for parameter, weights in zip(parameters, course.weights[updates], strict=True):
+                parameter.data.copy_(weights)
+        value, target = batch
+        for stage in self._stages:
+            value = stage(value)
+        return list(torch.autograd.grad(F.cross_entropy(value, target), self._parameters[k]))
+
+
+def angle(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
+    """Degrees between two vectors that are given in parts; exactly 0 for equal ones.
+
+    The arc cosine would lose all small angles (Kahan, "How Futile are Mindless Assessments of
+    Roundoff in Floating-Point Computation?", 2006, section 12).
+
+    Raises:
+        ArithmeticError: one of them has no direction.
+    """
+    a, b = (torch.cat([part.flatten().double() for part in parts]) for parts in (one, other))
+    lengths = [float(vector.norm()) for vector in (a, b)]
+    if not all(math.isfinite(length) and length > 0 for length in lengths):
+        raise ArithmeticError(
+            f"gradients of length {lengths[0]:g} and {lengths[1]:g} have no angle between them: "
+            f"training diverged, or nothing is left to learn; take a smaller --lr"
+        )
+    a, b = a / lengths[0], b / lengths[1]
+    return math.degrees(2 * math.atan2(float((a - b).norm()), float((a + b).norm())))
+
+
+def angles(
+    stages: Sequence[nn.Module],
+    courses: Sequence[Course],
+    batches: Sequence[Batch],
+    sampled: Sequence[int],
+    looked: Callable[[], object] = lambda: None,
+) -> tuple[list[list[float]], list[float]]:
+    """[stage][sample] and, for the whole net, [sample], in degrees.
+
+    Args:
+        sampled: numbers of batches.
+        looked: called with every sample.
+    """
+    fresh = Fresh(stages)
+    by_stage: list[list[float]] = [[] for _ in stages]
+    of_net = []
+    for b in sampled:
+        delayed = [course.gradients[b] for course in courses]
+        now = [fresh.gradients(courses, batches[b], b, k) for k in range(len(stages))]
+        for k, found in enumerate(by_stage):
+            found.append(angle(delayed[k], now[k]))
+        of_net.append(angle(list(chain.from_iterable(delayed)), list(chain.from_iterable(now))))
+        looked()
+    return by_stage, of_net
+
+
+def cut_evenly(chain: nn.Sequential, stages: int) -> tuple[list[int], list[nn.Module]]:
+    """By the number of children: where to cut does not depend on the machine."""
+    split = [round(k * len(chain) / stages) for k in range(1, stages)]
+    layers = list(chain)
+    bounds = [0, *split, len(layers)]
+    return split, [nn.Sequential(*layers[begin:end]) for begin, end in pairwise(bounds)]
+
+
+def batches_of(study: Study, spec: data.DataSpec) -> list[Batch]:
+    """The same on every call."""
+    generator = torch.Generator().manual_seed(study.seed)
+    drawn = []
+    order = torch.randperm(len(spec.train), generator=generator)
+    for b in range(study.batches):
+        places = torch.arange(b * study.batch_size, (b + 1) * study.batch_size) % len(order)
+        x, y = spec.train.batch(order[places], generator)
+        drawn.append((F.avg_pool2d(x, study.pooled), y))
+    return drawn
+
+
+def measure(study: Study, keep: Callable[[list[dict[str, Any]]], object], console: Console) -> None:
+    """One run after the other; ``keep`` gets the rows so far behind each."""
+    spec = data.load(study.data, augment=False)
+    batches = batches_of(study, spec)
+    sampled = study.sampled()
+    rows: list[dict[str, Any]] = []
+    runs = [(stages, mode) for stages in study.stages for mode in MODES]
+    with Progress(console=console) as progress:
+        bar = progress.add_task("", total=len(runs) * (study.batches + len(sampled)))
+        for stages, mode in runs:
+            progress.update(bar, description=f"K = {stages}, {mode}")
+            torch.manual_seed(study.seed)
+            chain = models.build(
+                study.model, in_channels=spec.in_channels, num_classes=spec.num_classes,
+                image_size=spec.image_size // study.pooled,
+            )  # fmt: skip
+            split, parts = cut_evenly(chain, stages)
+            courses, losses = train(parts, batches, mode, study.lr, lambda: progress.advance(bar))
+            by_stage, of_net = angles(
+                parts, courses, batches, sampled, lambda: progress.advance(bar)
+            )
+            rows.append(
+                {
+                    "stages": stages,
+                    "mode": mode,
+                    "split": split,
+                    "delays": [2 * (stages - 1 - k) for k in range(stages)],
+                    "last_losses": quartiles(losses[-study.batches // 5 :]),
+                    "sampled": sampled,
+                    "stage_degrees": by_stage,
+                    "net_degrees": of_net,
+                }
+            )
+            keep(rows)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--model", default=Study.model, choices=models.names())
+    parser.add_argument("--data", default=Study.data, choices=data.names())
+    parser.add_argument("--batches", type=int, default=Study.batches)
+    parser.add_argument("--every", type=int, default=Study.every, help="batches between two looks")
+    parser.add_argument("--lr", type=float, default=Study.lr)
+    parser.add_argument("--seed", type=int, default=Study.seed)
+    parser.add_argument("--quick", action="store_true", help="only see that it works; needs --out")
+    parser.add_argument("--out", type=Path, help="folder of the result file")
+    given = parser.parse_args(arguments)
+    if given.quick and given.out is None:
+        parser.error("--quick measures nothing worth keeping: name another folder with --out")
+    study = QUICK
+    if not given.quick:
+        named = {name: getattr(given, name) for name in ("model", "data", "lr", "seed")}
+        study = Study(**named, batches=given.batches, every=given.every)
+    if not study.sampled():
+        parser.error("--batches leaves no batch to look at: give more of them")
+    settings = {**vars(study), "momentum": MOMENTUM, "weight_decay": WEIGHT_DECAY}
+    console = Console()
+    kept: list[dict[str, Any]] = []
+
+    def keep(rows: list[dict[str, Any]]) -> None:
+        kept[:] = rows
+        write("staleness", {"settings": settings, "rows": rows}, given.out or RESULTS)
+
+    measure(study, keep, console)
+    table = Table("K", "mode", "stage 0", "last stage", "whole net", "loss at the end")
+    for row in kept:
+        ends = (row["stage_degrees"][0], row["stage_degrees"][-1], row["net_degrees"])
+        table.add_row(
+            str(row["stages"]),
+            row["mode"],
+            *(f"{quartiles(degrees)['median']:.1f} degrees" for degrees in ends),
+            f"{row['last_losses']['median']:.3f}",
+        )
+    console.print(table)
+    console.print(f"written to {given.out or RESULTS}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""``pytest benchmarks --quick`` as a whole, and what its parts are."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("pytest_benchmark")
+pytest.importorskip("matplotlib")
+
+from benchmarks import bench_fused_update, bench_hop, bench_scheduler, bench_stage
+from benchmarks.alone import run_alone
+from benchmarks.harness import RESULTS
+from benchmarks.reports import markdown, micro
+from benchmarks.reports.micro_pictures import of_kind
+
+FOLDER = Path(bench_stage.__file__).parent
+NET = bench_stage.QUICK[0]
+ALONE = ["--quick", "-q", "-p", "no:cacheprovider", "-o", "timeout=0"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    file = tmp_path_factory.mktemp("micro") / "micro.json"
+    code = pytest.main([str(FOLDER), "--benchmark-json", str(file), *ALONE])
+    torch.set_num_threads(threads)
+    assert code == pytest.ExitCode.OK
+    return file.parent
+
+
+@pytest.fixture
+def results(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    monkeypatch.setattr(markdown, "RESULTS", folder)
+    measured: dict[str, Any] = json.loads((folder / "micro.json").read_text())
+    return measured
+
+
+def test_every_table_has_its_rows(results: dict[str, Any]) -> None:
+    text = "\n".join(micro.section())
+    assert markdown.NOT_MEASURED not in text
+    (split,) = (case["split"] for case in of_kind(results, "stage"))
+    assert f"| mlp, batch 2, 1 thread, cut at {split} | 2 | 0 |" in text
+    assert "| 4 | " in text
+    assert "| 1 k, many small tensors, 1 thread | " in text
+    assert "| a copy of 4.1 kB | " in text
+    assert "hop on the CPU, by reference" in "\n".join(micro.summary())
+
+
+def test_rates_are_those_of_the_times(results: dict[str, Any]) -> None:
+    update = of_kind(results, "update")[0]
+    moved = 5 * 4 * update["elements"] / (1e-3 * update["ms"]["median"])
+    assert 1e9 * update["gb_per_s"]["median"] == pytest.approx(moved, rel=1e-6)
+    hop = of_kind(results, "hop")[-1]
+    rate = hop["bytes"] / (1e-6 * hop["hop_us"]["median"])
+    assert 1e9 * hop["gb_per_s"]["median"] == pytest.approx(rate, rel=1e-6)
+
+
+def test_a_stages_row_adds_up_what_it_does_for_a_batch() -> None:
+    seconds = {"F": 0.25, "B": 0.5, "U": 0.125, "A": 1.0}
+    spans: list[Any] = [
+        SimpleNamespace(code=code, batch=batch, begin_s=10.0, end_s=10.0 + (1 + batch) * long)
+        for batch in range(3)
+        for code, long in seconds.items()
+    ]
+    row = bench_stage.stage_row(0, spans, 7)
+    assert row["forward_ms"] == {"median": 500.0, "q1": 375.0, "q3": 625.0, "n": 3}
+    assert row["up_ms"]["median"] == 2000.0
+    assert row["down_ms"] is None
+    assert row["samples_per_s"]["median"] == 7 / 1.75
+
+
+def test_pictures_even_of_nothing(results: dict[str, Any]) -> None:
+    for draw in micro.PICTURES.values():
+        assert draw(results).axes[0].get_ylabel()
+        assert markdown.NOT_MEASURED in draw({"benchmarks": []}).axes[0].texts[0].get_text()
+
+
+@pytest.mark.usefixtures("one_torch_thread", "no_thread_left")
+def test_stages_take_turns_and_do_all_they_do_in_training() -> None:
+    stages = 3
+    spans = run_alone(NET.make(), [1, 2], NET.batch(), 4, 1)
+    spans.sort(key=lambda span: span.begin_s)
+    assert all(one.end_s <= other.begin_s for one, other in pairwise(spans))
+    for stage in range(stages):
+        codes = sorted(span.code for span in spans if span.stage == stage)
+        sends = "A" * (stage < stages - 1) + "E" * (stage > 0)
+        assert codes == sorted(4 * ("FBU" + sends))
+
+
+def test_lists_have_the_size_asked_for() -> None:
+    for size in bench_fused_update.SIZES:
+        assert sum(bench_fused_update.few(size)) == size
+        assert sum(bench_fused_update.many(size)) == pytest.approx(size, rel=0.01)
+    assert sum(bench_fused_update.many(bench_fused_update.RESNET56)) == bench_fused_update.RESNET56
+
+
+def test_what_is_asked_for_is_measured() -> None:
+    assert bench_scheduler.STAGES[0] == 1
+    assert bench_scheduler.STAGES[-1] == 64
+    assert (bench_hop.HOPS[2][1], bench_hop.HOPS[-1][1]) == (4 << 10, 64 << 20)
+    assert {net.model for net in bench_stage.NETS} == {"resnet20", "resnet56", "wrn28-10"}
+
+
+def test_a_quick_run_does_not_replace_the_result() -> None:
+    file = str(RESULTS / "micro.json")
+    arguments = [str(FOLDER), "--collect-only", "--benchmark-json", file, *ALONE]
+    assert pytest.main(arguments) == pytest.ExitCode.USAGE_ERROR
