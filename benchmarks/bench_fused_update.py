@@ -10,15 +10,18 @@ collected, then the update out of place into the next weight copy. Theirs: ``ste
 beside ``fused``: 0.95 where the memory decides, 2 for ResNet-56's own tensors).
 
 ``bandwidth_share``: what the update moves (it reads weight, momentum and gradient, and writes weight
-and momentum: five numbers per parameter) per second, in shares of what a triad ``a = b + 2 c`` over
-buffers beyond the caches moves (three numbers per element), with as many threads in the same round.
-What fits into the caches can be above 1.
+and momentum: five numbers per parameter) per second, in shares of the memory's bandwidth, which is
+measured with as many threads in the same round, over buffers beyond the caches: the faster of torch's
+triad ``a = b + 2 c`` (three numbers per element) and the C library's ``memmove`` (two). What fits into
+the caches can be above 1.
 """
 
 from __future__ import annotations
 
+import ctypes
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -40,8 +43,8 @@ RESNET56 = 853_018
 SIZES = (10_000, 100_000, RESNET56, 36_500_000)
 SERIAL = 100_000  # parameters up to which more threads are no matter
 MOVED_BYTES = 5 * 4  # per float32 parameter
-TRIAD_BYTES = 3 * 4  # per float32 element
-TRIAD_ELEMENTS = 1 << 25  # a buffer of 128 MB
+TRIAD_BYTES, COPY_BYTES = 3 * 4, 2 * 4  # per float32 element
+BUFFER_ELEMENTS = 1 << 25  # 128 MB
 KINDS: dict[str, dict[str, bool]] = {
     "plain": {"foreach": False, "fused": False},
     "foreach": {"foreach": True},
@@ -57,6 +60,7 @@ class Case:
     tensors: str
     threads: int
     most_repeats: int = 100
+    rounds: int = 11
 
     def __str__(self) -> str:
         return f"{self.elements}-{self.tensors}-{self.threads} threads"
@@ -136,9 +140,7 @@ def give(gradients: Sequence[Tensor], parameters: Sequence[nn.Parameter]) -> Non
         parameter.grad = gradient
 
 
-def triad(elements: int) -> Step:
-    a, b, c = (torch.ones(elements) for _ in range(3))
-
+def triad(a: Tensor, b: Tensor, c: Tensor) -> Step:
     def step() -> float:
         begin = time.perf_counter()
         torch.add(b, c, alpha=2, out=a)
@@ -147,24 +149,44 @@ def triad(elements: int) -> Step:
     return step
 
 
-class Sides:
-    """Ours, theirs of every kind and the triad, a round of each at a time."""
+def memmove(to: Tensor, source: Tensor, pool: ThreadPoolExecutor, threads: int) -> Step:
+    """On the threads of ``pool``, a part each."""
+    share = -(-to.nbytes // threads)
+    begins = range(0, to.nbytes, share)
 
-    def __init__(self, case: Case, triad_elements: int) -> None:
+    def part(begin: int) -> None:
+        nbytes = min(share, to.nbytes - begin)
+        ctypes.memmove(to.data_ptr() + begin, source.data_ptr() + begin, nbytes)
+
+    def step() -> float:
+        begin = time.perf_counter()
+        list(pool.map(part, begins))
+        return time.perf_counter() - begin
+
+    return step
+
+
+class Sides:
+    """Ours, theirs of every kind, the triad and the copy, a round of each at a time."""
+
+    def __init__(self, case: Case, buffer_elements: int, pool: ThreadPoolExecutor) -> None:
         self.case = case
-        self.triad_elements = triad_elements
         parameters = case.parameters()
         gradients = [torch.randn_like(parameter) for parameter in parameters]
         self.sides = {"ours": ours(case.parameters(), gradients, case.threads)}
         # They share the weights, whose values are no matter.
         self.sides |= {kind: theirs(parameters, gradients, kind) for kind in KINDS}
-        self.triad = triad(triad_elements)
-        self.elements = sum(parameter.numel() for parameter in parameters)
+        a, b, c = (torch.ones(buffer_elements) for _ in range(3))
+        self.memory = {"triad": triad(a, b, c), "copy": memmove(a, b, pool, case.threads)}
+        self.moved = dict.fromkeys(self.sides, MOVED_BYTES * sum(map(Tensor.numel, parameters)))
+        self.moved |= {"triad": TRIAD_BYTES * buffer_elements, "copy": COPY_BYTES * buffer_elements}
         self.rounds: list[dict[str, float]] = []
 
     def round(self) -> None:
         seconds = {name: self.timed(step, self.case.repeats) for name, step in self.sides.items()}
-        self.rounds.append({**seconds, "triad": self.timed(self.triad, 2)})
+        self.rounds.append(
+            seconds | {name: self.timed(step, 2) for name, step in self.memory.items()}
+        )
 
     def timed(self, step: Step, repeats: int) -> float:
         """Seconds per step."""
@@ -173,7 +195,7 @@ class Sides:
 
     def results(self, warmups: int) -> dict[str, Any]:
         rounds = self.rounds[warmups:]
-        moved, triad = MOVED_BYTES * self.elements, TRIAD_BYTES * self.triad_elements
+        rates = [{name: 1e-9 * self.moved[name] / r[name] for name in r} for r in rounds]
         return {
             "kind": "update",
             "elements": self.case.elements,
@@ -184,10 +206,11 @@ class Sides:
                 kind: quartiles([r[kind] / r["ours"] for r in rounds]) for kind in KINDS
             },
             "goal": self.case.goal,
-            "triad_gb_per_s": quartiles([1e-9 * triad / r["triad"] for r in rounds]),
-            "gb_per_s": quartiles([1e-9 * moved / r["ours"] for r in rounds]),
+            "gb_per_s": {
+                name: quartiles([rate[name] for rate in rates]) for name in ("ours", *self.memory)
+            },
             "bandwidth_share": quartiles(
-                [moved / r["ours"] / (triad / r["triad"]) for r in rounds]
+                [rate["ours"] / max(rate[name] for name in self.memory) for rate in rates]
             ),
         }
 
@@ -195,18 +218,21 @@ class Sides:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     quick = metafunc.config.getoption("quick")
     metafunc.parametrize(
-        "case", [Case(1000, name, 1, most_repeats=2) for name in LISTS] if quick else CASES, ids=str
+        "case",
+        [Case(1000, name, 1, most_repeats=2, rounds=3) for name in LISTS] if quick else CASES,
+        ids=str,
     )
-    metafunc.parametrize("triad_elements", [1000 if quick else TRIAD_ELEMENTS], ids=str)
+    metafunc.parametrize("buffer_elements", [1000 if quick else BUFFER_ELEMENTS], ids=str)
 
 
-def test_update(benchmark: BenchmarkFixture, case: Case, triad_elements: int) -> None:
+def test_update(benchmark: BenchmarkFixture, case: Case, buffer_elements: int) -> None:
     warmups = 2
     threads = torch.get_num_threads()
     torch.set_num_threads(case.threads)
     try:
-        sides = Sides(case, triad_elements)
-        benchmark.pedantic(sides.round, rounds=11, warmup_rounds=warmups)
+        with ThreadPoolExecutor(case.threads) as pool:
+            sides = Sides(case, buffer_elements, pool)
+            benchmark.pedantic(sides.round, rounds=case.rounds, warmup_rounds=warmups)
     finally:
         torch.set_num_threads(threads)
     benchmark.extra_info.update(sides.results(warmups))

@@ -16,7 +16,7 @@ beta is 1: shrinking changes the length of a stage's gradient and not its direct
 stages of the whole net other weights, and the training another course. BatchNorm takes the statistics
 of the batch in both; the fresh pass leaves no trace in buffers.
 
-A run that is interrupted leaves what it has in the result file.
+Where training diverges the angles end. A run that is interrupted leaves what it has in the result file.
 """
 
 from __future__ import annotations
@@ -164,16 +164,12 @@ def angle(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
     The arc cosine would lose all small angles (Kahan, "How Futile are Mindless Assessments of
     Roundoff in Floating-Point Computation?", 2006, section 12).
 
-    Raises:
-        ArithmeticError: one of them has no direction.
+    NaN if one of them has no direction: it is zero, or not finite.
     """
     a, b = (torch.cat([part.flatten().double() for part in parts]) for parts in (one, other))
     lengths = [float(vector.norm()) for vector in (a, b)]
     if not all(math.isfinite(length) and length > 0 for length in lengths):
-        raise ArithmeticError(
-            f"gradients of length {lengths[0]:g} and {lengths[1]:g} have no angle between them: "
-            f"training diverged, or nothing is left to learn; take a smaller --lr"
-        )
+        return math.nan
     a, b = a / lengths[0], b / lengths[1]
     return math.degrees(2 * math.atan2(float((a - b).norm()), float((a + b).norm())))
 
@@ -185,7 +181,8 @@ def angles(
     sampled: Sequence[int],
     looked: Callable[[], object] = lambda: None,
 ) -> tuple[list[list[float]], list[float]]:
-    """[stage][sample] and, for the whole net, [sample], in degrees.
+    """[stage][sample] and, for the whole net, [sample], in degrees. They end before the first sample
+    that has none at some stage: there training has diverged.
 
     Args:
         sampled: numbers of batches.
@@ -193,12 +190,15 @@ def angles(
     """
     fresh = Fresh(stages)
     by_stage: list[list[float]] = [[] for _ in stages]
-    of_net = []
+    of_net: list[float] = []
     for b in sampled:
         delayed = [course.gradients[b] for course in courses]
         now = [fresh.gradients(courses, batches[b], b, k) for k in range(len(stages))]
-        for k, found in enumerate(by_stage):
-            found.append(angle(delayed[k], now[k]))
+        found = [angle(one, other) for one, other in zip(delayed, now, strict=True)]
+        if any(map(math.isnan, found)):
+            break
+        for known, new in zip(by_stage, found, strict=True):
+            known.append(new)
         of_net.append(angle(list(chain.from_iterable(delayed)), list(chain.from_iterable(now))))
         looked()
     return by_stage, of_net
@@ -245,14 +245,18 @@ def measure(study: Study, keep: Callable[[list[dict[str, Any]]], object], consol
             by_stage, of_net = angles(
                 parts, courses, batches, sampled, lambda: progress.advance(bar)
             )
+            seen = len(of_net)
+            diverged = sampled[seen] if seen < len(sampled) else None
+            last = losses[-study.batches // 5 :]
             rows.append(
                 {
                     "stages": stages,
                     "mode": mode,
                     "split": split,
                     "delays": [2 * (stages - 1 - k) for k in range(stages)],
-                    "last_losses": quartiles(losses[-study.batches // 5 :]),
-                    "sampled": sampled,
+                    "diverged": diverged,
+                    "last_losses": quartiles(last) if diverged is None else None,
+                    "sampled": sampled[:seen],
                     "stage_degrees": by_stage,
                     "net_degrees": of_net,
                 }
@@ -291,11 +295,12 @@ def main(arguments: list[str] | None = None) -> None:
     table = Table("K", "mode", "stage 0", "last stage", "whole net", "loss at the end")
     for row in kept:
         ends = (row["stage_degrees"][0], row["stage_degrees"][-1], row["net_degrees"])
+        loss, diverged = row["last_losses"], row["diverged"]
         table.add_row(
             str(row["stages"]),
             row["mode"],
-            *(f"{quartiles(degrees)['median']:.1f} degrees" for degrees in ends),
-            f"{row['last_losses']['median']:.3f}",
+            *(f"{quartiles(found)['median']:.1f} degrees" if found else "" for found in ends),
+            f"diverged by batch {diverged}" if loss is None else f"{loss['median']:.3f}",
         )
     console.print(table)
     console.print(f"written to {given.out or RESULTS}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,8 +15,9 @@ import torch
 pytest.importorskip("pytest_benchmark")
 pytest.importorskip("matplotlib")
 
-from benchmarks import bench_fused_update, bench_hop, bench_scheduler, bench_stage
+from benchmarks import bench_fused_update, bench_stage
 from benchmarks.alone import run_alone
+from benchmarks.bench_fused_update import Case, Sides
 from benchmarks.harness import RESULTS
 from benchmarks.reports import markdown, micro
 from benchmarks.reports.micro_pictures import of_kind
@@ -54,13 +56,27 @@ def test_every_table_has_its_rows(results: dict[str, Any]) -> None:
     assert "hop on the CPU, by reference" in "\n".join(micro.summary())
 
 
-def test_rates_are_those_of_the_times(results: dict[str, Any]) -> None:
-    update = of_kind(results, "update")[0]
-    moved = 5 * 4 * update["elements"] / (1e-3 * update["ms"]["median"])
-    assert 1e9 * update["gb_per_s"]["median"] == pytest.approx(moved, rel=1e-6)
+def test_a_hops_rate_is_that_of_its_time(results: dict[str, Any]) -> None:
     hop = of_kind(results, "hop")[-1]
     rate = hop["bytes"] / (1e-6 * hop["hop_us"]["median"])
     assert 1e9 * hop["gb_per_s"]["median"] == pytest.approx(rate, rel=1e-6)
+
+
+@pytest.mark.usefixtures("one_torch_thread")
+def test_the_update_beside_others_and_the_faster_of_two_ways_to_move_memory() -> None:
+    with ThreadPoolExecutor(1) as pool:
+        sides = Sides(Case(1000, "few", 1, most_repeats=1), 2000, pool)
+        sides.round()
+    assert min(sides.rounds[0].values()) > 0
+    times = {"ours": 2e-6, "plain": 8e-6, "foreach": 6e-6, "fused": 1e-6}
+    sides.rounds.append({**times, "triad": 2e-6, "copy": 1e-6})
+    found = sides.results(1)
+    assert found["ms"]["median"] == pytest.approx(2e-3)
+    ratios = {kind: q["median"] for kind, q in found["speed_ratio"].items()}
+    assert ratios == pytest.approx({"plain": 4, "foreach": 3, "fused": 0.5})
+    rates = {name: q["median"] for name, q in found["gb_per_s"].items()}
+    assert rates == pytest.approx({"ours": 10, "triad": 12, "copy": 16})
+    assert found["bandwidth_share"]["median"] == pytest.approx(10 / 16)
 
 
 def test_a_stages_row_adds_up_what_it_does_for_a_batch() -> None:
@@ -100,13 +116,6 @@ def test_lists_have_the_size_asked_for() -> None:
         assert sum(bench_fused_update.few(size)) == size
         assert sum(bench_fused_update.many(size)) == pytest.approx(size, rel=0.01)
     assert sum(bench_fused_update.many(bench_fused_update.RESNET56)) == bench_fused_update.RESNET56
-
-
-def test_what_is_asked_for_is_measured() -> None:
-    assert bench_scheduler.STAGES[0] == 1
-    assert bench_scheduler.STAGES[-1] == 64
-    assert (bench_hop.HOPS[2][1], bench_hop.HOPS[-1][1]) == (4 << 10, 64 << 20)
-    assert {net.model for net in bench_stage.NETS} == {"resnet20", "resnet56", "wrn28-10"}
 
 
 def test_a_quick_run_does_not_replace_the_result() -> None:

@@ -26,10 +26,14 @@ pytestmark = pytest.mark.usefixtures("one_torch_thread", "seeded")
 SAMPLED = [4, 5]
 
 
-def degrees(stages: int, mode: str, lr: float) -> tuple[list[list[float]], list[float]]:
-    """Of a tiny net with BatchNorm."""
+def tiny(stages: int) -> tuple[list[nn.Module], list[tuple[Tensor, Tensor]]]:
+    """A net with BatchNorm, and its batches."""
     parts = cut_evenly(cifar_resnet(8, in_channels=1), stages)[1]
-    batches = [(torch.randn(4, 1, 6, 6), torch.randint(0, 10, (4,))) for _ in range(9)]
+    return parts, [(torch.randn(4, 1, 6, 6), torch.randint(0, 10, (4,))) for _ in range(9)]
+
+
+def degrees(stages: int, mode: str, lr: float) -> tuple[list[list[float]], list[float]]:
+    parts, batches = tiny(stages)
     courses, _ = train(parts, batches, mode, lr)
     return angles(parts, courses, batches, SAMPLED)
 
@@ -94,8 +98,15 @@ def test_angles() -> None:
     assert angle(parts(0.1, 0.7), parts(0.1, 0.7)) == 0
     assert angle(parts(1, 0), parts(1, 1e-9)) == pytest.approx(math.degrees(1e-9))
     for dead in (parts(0, 0), parts(math.nan, 1)):
-        with pytest.raises(ArithmeticError, match="smaller --lr"):
-            angle(parts(1, 0), dead)
+        assert math.isnan(angle(parts(1, 0), dead))
+
+
+def test_angles_end_where_training_diverges() -> None:
+    parts, batches = tiny(2)
+    courses, _ = train(parts, batches, "stash", 0.1)
+    courses[1].gradients[SAMPLED[1]][0].fill_(math.inf)
+    by_stage, of_net = angles(parts, courses, batches, SAMPLED)
+    assert [len(found) for found in (*by_stage, of_net)] == [1, 1, 1]
 
 
 def test_a_quick_run_and_what_is_said_of_it(
@@ -117,6 +128,14 @@ def test_a_quick_run_and_what_is_said_of_it(
     assert "mlp on digits, batch 8" in text
     upper, _ = report.picture(results).axes[:2]
     assert len(upper.get_legend_handles_labels()[1]) == len(QUICK.stages)
+
+    lost = {"diverged": 6, "last_losses": None, "sampled": [], "net_degrees": []}
+    results["rows"][0] |= {**lost, "stage_degrees": [[], []]}
+    (tmp_path / "staleness.json").write_text(json.dumps(results))
+    assert "| 2 | `stash` |  |  |  | diverged by batch 6 |" in report.section()
+    upper, _, lower, _ = report.picture(results).axes
+    assert len(upper.get_legend_handles_labels()[1]) == len(QUICK.stages) - 1
+    assert [text.get_text() for text in lower.texts] == ["diverged: K = 2"]
 
 
 def test_a_run_that_is_interrupted_keeps_what_it_has(

@@ -167,7 +167,7 @@ def updates(cases: list[Case]) -> list[str]:
             f"{case['ms']['median']:.3g}",
             *(spread(case["speed_ratio"][kind]) for kind in KINDS),
             at_least(case),
-            f"{case['gb_per_s']['median']:.3g}",
+            f"{case['gb_per_s']['ours']['median']:.3g}",
             spread(case["bandwidth_share"]),
         ]
         for case in cases
@@ -176,8 +176,9 @@ def updates(cases: list[Case]) -> list[str]:
     return told(
         "**The fused update**",
         "Our speed in times that of `torch.optim.SGD`, with momentum and weight decay; above 1 ours is "
-        "faster. Ratios within a round, medians with quartiles. The memory's bandwidth is what a triad "
-        "with as many threads moved in the same round; what fits into the caches can be above 1. "
+        "faster. Ratios within a round, medians with quartiles. The memory's bandwidth is that of a "
+        "triad or a copy, whichever was faster, with as many threads in the same round; what fits into "
+        "the caches can be above 1. "
         "![update](results/micro_update.png)",
         ["parameters", "ours, ms", *against, "goal (fused)", "GB/s", "share of the bandwidth"],
         rows,

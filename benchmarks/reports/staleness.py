@@ -30,14 +30,16 @@ def section() -> list[str]:
             str(row["stages"]),
             f"`{row['mode']}`",
             *(
-                spread(quartiles(degrees), 1)
+                spread(quartiles(degrees), 1) if degrees else ""
                 for degrees in (
                     row["stage_degrees"][0],
                     row["stage_degrees"][-1],
                     row["net_degrees"],
                 )
             ),
-            spread(row["last_losses"], 3),
+            f"diverged by batch {row['diverged']}"
+            if row["last_losses"] is None
+            else spread(row["last_losses"], 3),
         ]
         for row in results["rows"]
     ]
@@ -77,6 +79,10 @@ def picture(results: dict[str, Any]) -> Figure:
         for row in (row for row in results["rows"] if row["mode"] == mode):
             by_delay(upper, row, colors[row["stages"]])
             lower.plot(row["sampled"], row["net_degrees"], "-", color=colors[row["stages"]])
+        lost = [r["stages"] for r in results["rows"] if r["mode"] == mode and r["diverged"]]
+        if lost:
+            text = f"diverged: K = {', '.join(map(str, lost))}"
+            lower.text(0.97, 0.95, text, ha="right", va="top", transform=lower.transAxes)
         upper.set_title(TITLES.get(mode, mode), fontsize=10)
         upper.set_xlabel("delay of the stage, D = 2 (K-1-k) ticks")
         lower.set_xlabel("batches trained")
@@ -93,6 +99,8 @@ def picture(results: dict[str, Any]) -> Figure:
 
 
 def by_delay(axes: Axes, row: dict[str, Any], color: Any) -> None:
+    if not row["net_degrees"]:
+        return
     marks = [quartiles(degrees) for degrees in row["stage_degrees"]]
     middle = [q["median"] for q in marks]
     bounds = [
