@@ -25,7 +25,7 @@ train: $(VENV)/installed ## train ResNet-20 on handwritten digits, split over tw
 test: $(VENV)/installed ## the whole test suite
 	$(BIN)/python -m pytest
 
-lint: $(VENV)/developer ## ruff, clang-format, mypy, and the stub against the extension
+lint: $(VENV)/developer ## ruff, clang-format, mypy, the stub against the extension, documents against results
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $$(find csrc tests/cpp tests/stand_in -name '*.cpp' -o -name '*.h' -o -name '*.cu')
@@ -34,12 +34,17 @@ lint: $(VENV)/developer ## ruff, clang-format, mypy, and the stub against the ex
 	$(BIN)/python -m benchmarks.tables --check
 	$(BIN)/python -m docs.model_table --check
 
-bench: $(VENV)/developer ## every benchmark; writes benchmarks/results (a quiet machine, 40 minutes)
+bench: $(VENV)/developer ## every benchmark; writes benchmarks/results and docs/results.md (a quiet machine, 4 hours)
+	$(BIN)/python -m benchmarks.compare
 	$(BIN)/python -m benchmarks.training_step
 	$(BIN)/python -m pytest benchmarks --benchmark-json benchmarks/results/micro.json
 	$(BIN)/python -m benchmarks.overhead
 	$(BIN)/python -m benchmarks.memory
+	$(BIN)/python -m benchmarks.auto_cut
+	$(BIN)/python -m benchmarks.cut_time
+	$(BIN)/python -m benchmarks.plan
 	$(BIN)/python -m benchmarks.simulation
+	$(BIN)/python -m benchmarks.staleness
 	$(BIN)/python -m benchmarks.learning
 	$(BIN)/python -m benchmarks.tables
 

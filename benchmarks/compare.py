@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,11 @@ from rich.progress import track
 from rich.table import Table
 
 from benchmarks.compare_cases import MODELS, TINY, Case
+from benchmarks.compare_processes import PROCESSES, layout_trial
 from benchmarks.compare_trainers import Place
 from benchmarks.compare_ways import STEPS, WARM_UP, WAYS, play
 from benchmarks.harness import RESULTS, quartiles, write
-from benchmarks.turns import Answer, Player, PlayerError
+from benchmarks.turns import Answer, Make, Player, PlayerError
 
 BATCHES = (32, 128)
 QUICK_BATCHES = (16,)
@@ -40,24 +42,20 @@ Row = dict[str, Any]
 
 
 class Contest:
-    """The ways of one case, taking turns."""
+    """The ways of one case, taking turns. ``places``: of each process of a way."""
 
-    def __init__(
-        self, case: Case, split: list[int], ways: list[str], folder: Path, limit: float
-    ) -> None:
+    def __init__(self, ways: dict[str, list[Place]], limit: float) -> None:
         self.errors: dict[str, str] = {}
         self.rounds: list[dict[str, float]] = []
         self._answers: dict[str, list[list[Answer]]] = {name: [] for name in ways}
         # All import at once, and get ready one after the other.
         self._players = {
             name: Player(
-                [
-                    partial(play, WAYS[name], Place(case, split, rank, str(folder / name)))
-                    for rank in range(WAYS[name].processes)
-                ],
+                [partial(play, WAYS[name], place) for place in places],
                 limit,
+                WAYS[name].environment,
             )
-            for name in ways
+            for name, places in ways.items()
         }
 
     def get_ready(self) -> None:
@@ -116,19 +114,29 @@ def measure(case: Case, ways: list[str], rounds: int, limit: float, console: Con
     """Everything about one case."""
     split = case.measured_split()
     with tempfile.TemporaryDirectory() as folder:
-        contest = Contest(case, split, ways, Path(folder), limit)
+
+        def places(name: str, processes: int, channels_last: bool) -> list[Place]:
+            meeting = str(Path(folder) / name)
+            return [Place(case, split, rank, meeting, channels_last) for rank in range(processes)]
+
+        pipelines = [name for name in ways if WAYS[name].hops]
+        layouts = dict.fromkeys(ways, case.model.convolutional)
+        if pipelines and case.model.convolutional:
+            trial = [partial(layout_trial, place) for place in places("trial", PROCESSES, True)]
+            layouts.update(dict.fromkeys(pipelines, faster_layout(trial, limit)))
+        contest = Contest(
+            {name: places(name, WAYS[name].processes, layouts[name]) for name in ways}, limit
+        )
         try:
             contest.get_ready()
             for _ in track(range(rounds), f"{case.name}, batch {case.batch_size}", console=console):
                 contest.round()
         finally:
             contest.stop()
-    layout = "channels_last" if case.model.convolutional else "contiguous"
     return {
         "model": case.name,
         "batch_size": case.batch_size,
         "split": split,
-        "layout": layout,
         "convolutional": case.model.convolutional,
         "batch_norm": case.model.batch_norm,
         "ways": {
@@ -137,11 +145,28 @@ def measure(case: Case, ways: list[str], rounds: int, limit: float, console: Con
                 "kind": WAYS[name].kind,
                 "processes": WAYS[name].processes,
                 "parts": WAYS[name].parts,
+                "layout": "channels_last" if layouts[name] else "contiguous",
                 **contest.row(name),
             }
             for name in ways
         },
     }
+
+
+def faster_layout(trial: Sequence[Make], limit: float) -> bool:
+    """Whether channels_last is."""
+    player = Player(trial, limit)
+    try:
+        player.get_ready()
+        answers = [answer.value for answer in player.turn()]
+    except PlayerError:
+        return True  # what is wrong, each of the pipelines will say
+    finally:
+        player.stop()
+    slowest = {
+        layout: max(float(seconds[layout]) for seconds in answers) for layout in (True, False)
+    }
+    return slowest[True] <= slowest[False]
 
 
 def goals(rows: list[Row]) -> list[Row]:

@@ -41,12 +41,14 @@ class Place:
         split: the children with which the second stage, ... begins, for those that have stages.
         rank: of this process among the way's.
         meeting: a file that does not exist yet, in which the way's processes find each other.
+        channels_last: whether stages in different processes compute convolutions so. All others do.
     """
 
     case: Case
     split: list[int]
     rank: int
     meeting: str
+    channels_last: bool = True
 
     def stages(self, chain: nn.Sequential) -> list[nn.Module]:
         """The chain, cut; parameters keep their names, as the slices keep the children's."""
@@ -131,7 +133,7 @@ class Published:
 
 def torchgpipe(place: Place, *, chunks: int) -> Trainer:
     """The package of this name: micro-batches, a thread per stage, nothing recomputed."""
-    gpipe = import_module("torchgpipe").GPipe  # of the extra "compare"; without it this way fails
+    gpipe = import_module("torchgpipe").GPipe  # of the extra "bench"; without it this way fails
     torch.set_num_threads(1)
     chain = place.case.chain(channels_last=True)
     balance = [b - a for a, b in pairwise([0, *place.split, len(chain)])]

@@ -26,6 +26,8 @@ class Way:
         kind: ``PLAIN``, ``PEER``, ``OURS`` or ``PUBLISHED``.
         make: the trainer, in each of its ``processes``.
         parts: into which it divides a batch; batch norm sees one of them at a time.
+        threads: intra-op threads of each process or stage.
+        hops: whether its stages live in different processes.
         needs: a module that nothing else here needs; its memory is no part of the training's.
     """
 
@@ -34,12 +36,20 @@ class Way:
     make: Callable[[Place], Trainer]
     processes: int = 1
     parts: int = 1
+    threads: int = 1
+    hops: bool = False
     needs: str = ""
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Of its processes. A count set later is for the thread that sets it: threads that torchgpipe or
+        Python start would compute convolutions, which are not torch's own loops, with all cores."""
+        return {"OMP_NUM_THREADS": str(self.threads)}
 
 
 WAYS = {
     "bp-1": Way("BP, 1 thread", PLAIN, partial(bp, threads=1)),
-    "bp-2": Way("BP, 2 threads", PLAIN, partial(bp, threads=2)),
+    "bp-2": Way("BP, 2 threads", PLAIN, partial(bp, threads=2), threads=2),
     "ddp": Way("DDP, 2 processes", PLAIN, ddp, PROCESSES, parts=PROCESSES),
     **{
         f"{schedule.lower()}-{count}": Way(
@@ -48,6 +58,7 @@ WAYS = {
             partial(pipelining, schedule=schedule, micro_batches=count),
             PROCESSES,
             parts=count,
+            hops=True,
             needs="torch.distributed.pipelining",
         )
         for schedule in ("1F1B", "GPipe")
@@ -83,5 +94,5 @@ def play(way: Way, place: Place) -> Callable[[], Turn]:
         import_module(way.needs)
     start = resident_bytes("VmRSS")
     trainer = way.make(place)
-    trainer.seconds_per_step(WARM_UP, STEPS)
+    trainer.seconds_per_step(WARM_UP, 1)
     return lambda: Turn(trainer.seconds_per_step(WARM_UP, STEPS), start)

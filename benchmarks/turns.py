@@ -8,9 +8,10 @@ every answer, so that nobody has to believe it.
 from __future__ import annotations
 
 import multiprocessing as mp
+import os
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
@@ -52,9 +53,12 @@ class Player:
     Args:
         makes: picklable.
         limit: seconds after which it is given up for hung, when it gets ready and in each turn.
+        environment: further variables of the processes' environment.
     """
 
-    def __init__(self, makes: Sequence[Make], limit: float) -> None:
+    def __init__(
+        self, makes: Sequence[Make], limit: float, environment: Mapping[str, str] | None = None
+    ) -> None:
         self._limit = limit
         self._processes: list[SpawnProcess] = []
         self._pipes: list[Connection] = []
@@ -62,7 +66,8 @@ class Player:
         for make in makes:
             here, there = context.Pipe()
             process = context.Process(target=_serve, args=(make, there), daemon=True)
-            process.start()
+            with _environment(environment or {}):
+                process.start()
             there.close()  # or the end of the process would not end the pipe
             self._processes.append(process)
             self._pipes.append(here)
@@ -128,6 +133,19 @@ class Player:
             process.join()
         for pipe in self._pipes:
             pipe.close()
+
+
+@contextmanager
+def _environment(further: Mapping[str, str]) -> Iterator[None]:
+    """What is started inside gets ``further`` from the first; what a library reads once, say."""
+    before = dict(os.environ)
+    os.environ.update(further)
+    try:
+        yield
+    finally:
+        for name in further.keys() - before.keys():
+            del os.environ[name]
+        os.environ.update(before)
 
 
 def _serve(make: Make, pipe: Connection) -> None:

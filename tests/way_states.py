@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 from torch import Tensor
 
 from benchmarks.compare_cases import TINY, Case
+from benchmarks.compare_processes import layout_trial
 from benchmarks.compare_trainers import Place
 from benchmarks.compare_ways import WAYS
 
@@ -31,6 +31,6 @@ def trained(names: list[str], where: Place) -> States:
     return states
 
 
-def training(names: list[str], where: Place) -> Callable[[], States]:
-    """The same as a player's turn."""
-    return partial(trained, names, where)
+def training(names: list[str], where: Place) -> Callable[[], tuple[States, dict[bool, float]]]:
+    """The same as a player's turn, and the trial of layouts behind it."""
+    return lambda: (trained(names, where), layout_trial(where)())

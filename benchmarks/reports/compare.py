@@ -17,10 +17,11 @@ SUBJECT_COLOR, OURS_COLOR, OTHER_COLOR = "#c2314a", "#e9a5ad", "#aab4c2"
 MILLI = 1e3
 NOTES = [
     "A step is forward, backward and update of the whole batch (SGD with momentum and weight "
-    "decay), the data in memory. Every way runs in a process of its own, or two, with one intra- "
-    "op thread each (BP with two threads: two). All pipelines are cut at the same place, which "
-    "the runner found. Convolutional nets are in channels_last everywhere; between the processes "
-    "of 1F1B and GPipe they are converted, as gloo sends contiguous tensors only.",
+    "decay), the data in memory. Every way runs in a process of its own, or two, with one "
+    "intra-op thread each (BP with two threads: two). All pipelines are cut at the same place, "
+    "which the runner found. Convolutional nets are in channels_last. But gloo sends contiguous "
+    "tensors only, so 1F1B and GPipe have to convert what they send; where a trial finds the whole "
+    "net in contiguous layout faster, they run in this (marked).",
     "",
     "1F1B, GPipe and torchgpipe divide the batch into micro-batches and DDP into halves, and "
     "batch norm then takes its statistics from the part: nets with batch norm do not compute what "
@@ -175,7 +176,7 @@ def goal_table(found: list[Row]) -> list[str]:
 
 def details(model: str, cases: list[Row]) -> list[str]:
     mine = [case for case in cases if case["model"] == model]
-    headings = [f"{model} ({mine[0]['layout']})"]
+    headings = [model]
     for case in mine:
         size = f"batch {case['batch_size']}, cut at {', '.join(map(str, case['split']))}"
         headings += [f"{size}: ms per step", "`fdg` / it", "peak MB"]
@@ -189,7 +190,12 @@ def details(model: str, cases: list[Row]) -> list[str]:
                 continue
             times = {key: MILLI * value for key, value in way["seconds_per_step"].items()}
             row += [
-                spread(times, 1),
+                spread(times, 1)
+                + (
+                    ", contiguous"
+                    if case["convolutional"] and way["layout"] == "contiguous"
+                    else ""
+                ),
                 spread(way["fdg_ratio"], 3) if way["fdg_ratio"] else "",
                 f"{way['peak_bytes'] / 1e6:.0f} ({way['start_bytes'] / 1e6:.0f})",
             ]
