@@ -10,10 +10,11 @@ collected, then the update out of place into the next weight copy. Theirs: ``ste
 beside ``fused``: 0.95 where the memory decides, 2 for ResNet-56's own tensors).
 
 ``bandwidth_share``: what the update moves (it reads weight, momentum and gradient, and writes weight
-and momentum: five numbers per parameter) per second, in shares of the memory's bandwidth, which is
-measured with as many threads in the same round, over buffers beyond the caches: the faster of torch's
-triad ``a = b + 2 c`` (three numbers per element) and the C library's ``memmove`` (two). What fits into
-the caches can be above 1.
+and momentum: five numbers per parameter) per second, in shares of the memory's bandwidth. That is
+measured with as many threads in the same round, over buffers beyond the caches: the fastest of
+``a *= s`` (two numbers per element), ``a += s b`` (three) and the C library's ``memmove`` (two). None of
+them fetches what it overwrites without being counted, as ``a = b + s c`` does. What fits into the
+caches can be above 1.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ RESNET56 = 853_018
 SIZES = (10_000, 100_000, RESNET56, 36_500_000)
 SERIAL = 100_000  # parameters up to which more threads are no matter
 MOVED_BYTES = 5 * 4  # per float32 parameter
-TRIAD_BYTES, COPY_BYTES = 3 * 4, 2 * 4  # per float32 element
+YARDSTICK_BYTES = {"scale": 2 * 4, "add": 3 * 4, "copy": 2 * 4}  # per float32 element
 BUFFER_ELEMENTS = 1 << 25  # 128 MB
 KINDS: dict[str, dict[str, bool]] = {
     "plain": {"foreach": False, "fused": False},
@@ -140,16 +141,18 @@ def give(gradients: Sequence[Tensor], parameters: Sequence[nn.Parameter]) -> Non
         parameter.grad = gradient
 
 
-def triad(a: Tensor, b: Tensor, c: Tensor) -> Step:
+def timed(operation: Callable[[], object]) -> Step:
     def step() -> float:
         begin = time.perf_counter()
-        torch.add(b, c, alpha=2, out=a)
+        operation()
         return time.perf_counter() - begin
 
     return step
 
 
-def memmove(to: Tensor, source: Tensor, pool: ThreadPoolExecutor, threads: int) -> Step:
+def memmove(
+    to: Tensor, source: Tensor, pool: ThreadPoolExecutor, threads: int
+) -> Callable[[], object]:
     """On the threads of ``pool``, a part each."""
     share = -(-to.nbytes // threads)
     begins = range(0, to.nbytes, share)
@@ -158,16 +161,17 @@ def memmove(to: Tensor, source: Tensor, pool: ThreadPoolExecutor, threads: int) 
         nbytes = min(share, to.nbytes - begin)
         ctypes.memmove(to.data_ptr() + begin, source.data_ptr() + begin, nbytes)
 
-    def step() -> float:
-        begin = time.perf_counter()
-        list(pool.map(part, begins))
-        return time.perf_counter() - begin
+    return lambda: list(pool.map(part, begins))
 
-    return step
+
+def seconds_of(step: Step, repeats: int) -> float:
+    """Per step."""
+    time.sleep(0.01)  # OpenMP's threads go on spinning after their work
+    return sum(step() for _ in range(repeats)) / repeats
 
 
 class Sides:
-    """Ours, theirs of every kind, the triad and the copy, a round of each at a time."""
+    """Ours, theirs of every kind and the yardsticks of bandwidth, a round of each at a time."""
 
     def __init__(self, case: Case, buffer_elements: int, pool: ThreadPoolExecutor) -> None:
         self.case = case
@@ -176,26 +180,25 @@ class Sides:
         self.sides = {"ours": ours(case.parameters(), gradients, case.threads)}
         # They share the weights, whose values are no matter.
         self.sides |= {kind: theirs(parameters, gradients, kind) for kind in KINDS}
-        a, b, c = (torch.ones(buffer_elements) for _ in range(3))
-        self.memory = {"triad": triad(a, b, c), "copy": memmove(a, b, pool, case.threads)}
-        self.moved = dict.fromkeys(self.sides, MOVED_BYTES * sum(map(Tensor.numel, parameters)))
-        self.moved |= {"triad": TRIAD_BYTES * buffer_elements, "copy": COPY_BYTES * buffer_elements}
+        a, b = torch.ones(buffer_elements), torch.ones(buffer_elements)
+        self.yardsticks = {
+            "scale": timed(lambda: a.mul_(1.0)),
+            "add": timed(lambda: a.add_(b, alpha=1e-9)),
+            "copy": timed(memmove(a, b, pool, case.threads)),
+        }
+        self.moved = {"ours": MOVED_BYTES * sum(map(Tensor.numel, parameters))}
+        self.moved |= {name: n * buffer_elements for name, n in YARDSTICK_BYTES.items()}
         self.rounds: list[dict[str, float]] = []
 
     def round(self) -> None:
-        seconds = {name: self.timed(step, self.case.repeats) for name, step in self.sides.items()}
+        seconds = {name: seconds_of(s, self.case.repeats) for name, s in self.sides.items()}
         self.rounds.append(
-            seconds | {name: self.timed(step, 2) for name, step in self.memory.items()}
+            seconds | {name: seconds_of(s, 2) for name, s in self.yardsticks.items()}
         )
-
-    def timed(self, step: Step, repeats: int) -> float:
-        """Seconds per step."""
-        time.sleep(0.01)  # OpenMP's threads go on spinning after their work
-        return sum(step() for _ in range(repeats)) / repeats
 
     def results(self, warmups: int) -> dict[str, Any]:
         rounds = self.rounds[warmups:]
-        rates = [{name: 1e-9 * self.moved[name] / r[name] for name in r} for r in rounds]
+        rates = [{name: 1e-9 * n / r[name] for name, n in self.moved.items()} for r in rounds]
         return {
             "kind": "update",
             "elements": self.case.elements,
@@ -206,11 +209,9 @@ class Sides:
                 kind: quartiles([r[kind] / r["ours"] for r in rounds]) for kind in KINDS
             },
             "goal": self.case.goal,
-            "gb_per_s": {
-                name: quartiles([rate[name] for rate in rates]) for name in ("ours", *self.memory)
-            },
+            "gb_per_s": {name: quartiles([rate[name] for rate in rates]) for name in self.moved},
             "bandwidth_share": quartiles(
-                [rate["ours"] / max(rate[name] for name in self.memory) for rate in rates]
+                [rate["ours"] / max(rate[name] for name in self.yardsticks) for rate in rates]
             ),
         }
 

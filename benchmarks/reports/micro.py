@@ -176,9 +176,9 @@ def updates(cases: list[Case]) -> list[str]:
     return told(
         "**The fused update**",
         "Our speed in times that of `torch.optim.SGD`, with momentum and weight decay; above 1 ours is "
-        "faster. Ratios within a round, medians with quartiles. The memory's bandwidth is that of a "
-        "triad or a copy, whichever was faster, with as many threads in the same round; what fits into "
-        "the caches can be above 1. "
+        "faster. Ratios within a round, medians with quartiles. The memory's bandwidth is that of the "
+        "fastest of three simple loops, with as many threads in the same round; what fits into the "
+        "caches can be above 1. "
         "![update](results/micro_update.png)",
         ["parameters", "ours, ms", *against, "goal (fused)", "GB/s", "share of the bandwidth"],
         rows,
