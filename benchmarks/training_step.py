@@ -10,7 +10,6 @@ steady state: from one batch's loss to the next, with every stage at work on one
 from __future__ import annotations
 
 import argparse
-import multiprocessing as mp
 import statistics
 import threading
 import time
@@ -18,7 +17,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import pairwise
-from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
@@ -29,6 +27,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.harness import quartiles, write
+from benchmarks.steps import HYPER, SteadyRunner, plain_step
+from benchmarks.turns import Player
 from fdg_cuda import FDGRunner, models
 from fdg_cuda._core import Work, keep_freed_memory
 from fdg_cuda.cpu_stage import CpuStage
@@ -37,7 +37,7 @@ from fdg_cuda.stage import Stage
 
 STEPS = 3  # timed steps per round and case
 WARM_UP = 3  # steps before them, in which the allocator gets its memory back from the system
-HYPER: dict[str, Any] = {"lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4}
+LIMIT_SECONDS = 600.0  # for a turn
 
 Steps = Callable[[], list[float]]
 
@@ -55,16 +55,14 @@ def make(settings: argparse.Namespace) -> tuple[nn.Sequential, tuple[Tensor, Ten
 def bp(settings: argparse.Namespace, threads: int) -> Steps:
     """Plain torch: forward, backward, ``torch.optim.SGD``."""
     torch.set_num_threads(threads)
-    model, (x, y) = make(settings)
+    model, batch = make(settings)
     optimizer = torch.optim.SGD(model.parameters(), **HYPER)
 
     def steps() -> list[float]:
         seconds = []
         for _ in range(STEPS):
             begin = time.perf_counter()
-            optimizer.zero_grad()
-            torch.autograd.backward(F.cross_entropy(model(x), y))
-            optimizer.step()
+            plain_step(model, optimizer, batch)
             seconds.append(time.perf_counter() - begin)
         return seconds
 
@@ -97,26 +95,13 @@ def runner_of(
 
 def fdg(settings: argparse.Namespace, stages: int) -> Steps:
     """The runner, one core per stage."""
-    done: list[float] = []
-
-    def loss_fn(output: Tensor, target: Tensor) -> Tensor:
-        done.append(time.perf_counter())
-        return F.cross_entropy(output, target)
-
-    runner = runner_of(settings, stages, loss_fn=loss_fn)
     _, batch = make(settings)
-    latency = runner.schedule.latency
-    runner.fit([batch])
-
-    def steps() -> list[float]:
-        done.clear()
-        runner.fit([batch] * (2 * latency + WARM_UP + STEPS))
-        # The last stage sees batch b at tick b+K-1. All stages are at work from the tick in which
-        # stage 0 first has a backward until the last in which it has a forward.
-        first = latency - (stages - 1) + WARM_UP
-        return [b - a for a, b in pairwise(done[first : first + STEPS + 1])]
-
-    return steps
+    steady = SteadyRunner(
+        lambda loss_fn: runner_of(settings, stages, loss_fn=loss_fn),
+        batch,
+    )
+    steady.runner.fit([batch])
+    return partial(steady.seconds, WARM_UP, STEPS)
 
 
 def stages_alone(settings: argparse.Namespace, stages: int) -> Steps:
@@ -222,12 +207,10 @@ RATIOS: list[tuple[str, str, float | None]] = [
 ]
 
 
-def serve(name: str, settings: argparse.Namespace, pipe: Connection) -> None:
+def warm(name: str, settings: argparse.Namespace) -> Steps:
     steps = CASES[name](settings)
     steps()
-    pipe.send("ready")
-    while pipe.recv():
-        pipe.send(steps())
+    return steps
 
 
 def main() -> None:
@@ -242,24 +225,14 @@ def main() -> None:
     console = Console()
     if not settings.split:
         settings.split = str(measured_split(settings)[0])
-    context = mp.get_context("spawn")
-    workers = {}
-    for name in CASES:
-        here, there = context.Pipe()
-        process = context.Process(target=serve, args=(name, settings, there), daemon=True)
-        process.start()
-        here.recv()  # one after the other: warm-ups must not disturb each other
-        workers[name] = (process, here)
+    players = {name: Player([partial(warm, name, settings)], LIMIT_SECONDS) for name in CASES}
+    for player in players.values():
+        player.get_ready()  # one after the other: warm-ups must not disturb each other
     rounds: list[dict[str, float]] = []
     for _ in track(range(settings.rounds), "rounds", console=console):
-        seconds = {}
-        for name, (_, pipe) in workers.items():
-            pipe.send(True)
-            seconds[name] = statistics.median(pipe.recv())
-        rounds.append(seconds)
-    for process, pipe in workers.values():
-        pipe.send(False)
-        process.join()
+        rounds.append({name: statistics.median(p.turn()[0].value) for name, p in players.items()})
+    for player in players.values():
+        player.stop()
 
     cases = {name: quartiles([r[name] for r in rounds]) for name in CASES}
     ratios = [

@@ -1,0 +1,264 @@
+"""Whole training steps of all that could be used instead, side by side on two CPU cores.
+
+    python -m benchmarks.compare [--models resnet56] [--batches 128] [--ways fdg bp-2] [--rounds 5]
+                                 [--resume] [--quick] [--out FOLDER]
+
+BP with one thread and with two, DDP, the pipelines of torch and torchgpipe, FDG the way its authors'
+program runs it, and this runner. Every pipeline gets the same cut, the one the runner measures. Each way
+lives in a process of its own (or two), warm, and they take turns, beginning with another one in each
+round; ratios are taken within a round. A step is forward, backward and update, with the data in memory.
+A way that fails or hangs is listed with its error; the others go on. After each case (a model and a
+batch size) the results are written; ``--resume`` goes on behind the last one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from benchmarks.compare_cases import MODELS, TINY, Case
+from benchmarks.compare_processes import PROCESSES, layout_trial
+from benchmarks.compare_trainers import Place
+from benchmarks.compare_ways import OURS, STEPS, WARM_UP, WAYS, play
+from benchmarks.harness import RESULTS, quartiles, write
+from benchmarks.turns import Answer, Make, Player, PlayerError
+
+BATCHES = (32, 128)
+QUICK_BATCHES = (16,)
+NAME = "compare"
+SUBJECT, YARDSTICK, BASELINE = "fdg", "bp-2", "published"  # of WAYS
+GOAL = 1.0
+
+Row = dict[str, Any]
+
+
+class Contest:
+    """The ways of one case, taking turns. ``places``: of each process of a way."""
+
+    def __init__(self, ways: dict[str, list[Place]], limit: float) -> None:
+        self.errors: dict[str, str] = {}
+        self.rounds: list[dict[str, float]] = []
+        self._answers: dict[str, list[list[Answer]]] = {name: [] for name in ways}
+        # All import at once, and get ready one after the other.
+        self._players = {
+            name: Player(
+                [partial(play, WAYS[name], place) for place in places],
+                limit,
+                WAYS[name].environment,
+            )
+            for name, places in ways.items()
+        }
+
+    def get_ready(self) -> None:
+        for name in list(self._players):
+            try:
+                self._players[name].get_ready()
+            except PlayerError as error:
+                self._give_up(name, error)
+
+    def round(self) -> None:
+        """A turn for everyone, begun with another one than last time."""
+        names = list(self._players)
+        first = len(self.rounds) % len(names) if names else 0
+        seconds = {}
+        for name in names[first:] + names[:first]:
+            try:
+                answers = self._players[name].turn()
+            except PlayerError as error:
+                self._give_up(name, error)
+                continue
+            self._answers[name].append(answers)
+            seconds[name] = max(answer.value.seconds_per_step for answer in answers)
+        self.rounds.append(seconds)
+
+    def stop(self) -> None:
+        for player in self._players.values():
+            player.stop()
+
+    def row(self, name: str) -> Row:
+        """What is known of a way in the end."""
+        if name in self.errors:
+            return {"error": self.errors[name]}
+        turns = self._answers[name]
+        idle = sum(answer.idle_seconds for answer in (answers[0] for answers in turns))
+        cpu = sum(answer.idle_cpu_seconds for answers in turns for answer in answers)
+        return {
+            "seconds_per_step": quartiles([r[name] for r in self.rounds]),
+            "fdg_ratio": self._ratio(SUBJECT, name),
+            "to_bp_2": self._ratio(name, YARDSTICK),
+            "peak_bytes": sum(answer.peak_bytes for answer in turns[-1]),
+            "start_bytes": sum(answer.value.start_bytes for answer in turns[-1]),
+            "idle_cpu_share": cpu / idle,
+        }
+
+    def _ratio(self, a: str, b: str) -> dict[str, float] | None:
+        if not {a, b} <= set(self._players):
+            return None
+        return quartiles([r[a] / r[b] for r in self.rounds])
+
+    def _give_up(self, name: str, error: PlayerError) -> None:
+        self.errors[name] = str(error)
+        del self._players[name]
+
+
+def measure(case: Case, ways: list[str], rounds: int, limit: float, console: Console) -> Row:
+    """Everything about one case."""
+    split = case.measured_split()
+    with tempfile.TemporaryDirectory() as folder:
+
+        def places(name: str, processes: int, channels_last: bool) -> list[Place]:
+            meeting = str(Path(folder) / name)
+            return [Place(case, split, rank, meeting, channels_last) for rank in range(processes)]
+
+        pipelines = [name for name in ways if WAYS[name].hops]
+        layouts = dict.fromkeys(ways, case.model.convolutional)
+        if pipelines and case.model.convolutional:
+            trial = [partial(layout_trial, place) for place in places("trial", PROCESSES, True)]
+            layouts.update(dict.fromkeys(pipelines, faster_layout(trial, limit)))
+        contest = Contest(
+            {name: places(name, WAYS[name].processes, layouts[name]) for name in ways}, limit
+        )
+        try:
+            contest.get_ready()
+            for _ in track(range(rounds), f"{case.name}, batch {case.batch_size}", console=console):
+                contest.round()
+        finally:
+            contest.stop()
+    return {
+        "model": case.name,
+        "batch_size": case.batch_size,
+        "split": split,
+        "convolutional": case.model.convolutional,
+        "batch_norm": case.model.batch_norm,
+        "ways": {
+            name: {
+                "label": WAYS[name].label,
+                "kind": WAYS[name].kind,
+                "processes": WAYS[name].processes,
+                "parts": WAYS[name].parts,
+                "layout": "channels_last" if layouts[name] else "contiguous",
+                **contest.row(name),
+            }
+            for name in ways
+        },
+    }
+
+
+def faster_layout(trial: Sequence[Make], limit: float) -> bool:
+    """Whether channels_last is."""
+    player = Player(trial, limit)
+    try:
+        player.get_ready()
+        answers = [answer.value for answer in player.turn()]
+    except PlayerError:
+        return True  # what is wrong, each of the pipelines will say
+    finally:
+        player.stop()
+    slowest = {
+        layout: max(float(seconds[layout]) for seconds in answers) for layout in (True, False)
+    }
+    return slowest[True] <= slowest[False]
+
+
+def goals(rows: list[Row]) -> list[Row]:
+    """fdg is the fastest in every convolutional case, and nowhere slower than the published way."""
+    found = []
+    for row in rows:
+        measured = {
+            n: way for n, way in row["ways"].items() if way.get("fdg_ratio") and n != SUBJECT
+        }
+        against = {}
+        by_time = sorted(measured, key=lambda name: measured[name]["seconds_per_step"]["median"])
+        # With two stages ddg's overlap as fdg's do: chance decides between the two.
+        by_others = [name for name in by_time if measured[name]["kind"] != OURS]
+        if row["convolutional"]:
+            for goal, names in (("fastest of all", by_time), ("fastest but for ddg", by_others)):
+                if names:
+                    against[goal] = names[0]
+        if BASELINE in measured:
+            against["not slower than threads per batch"] = BASELINE
+        for goal, other in against.items():
+            ratio = measured[other]["fdg_ratio"]
+            found.append(
+                {
+                    "name": goal,
+                    "model": row["model"],
+                    "batch_size": row["batch_size"],
+                    "other": measured[other]["label"],
+                    **ratio,
+                    "goal": GOAL,
+                    "met": ratio["median"] <= GOAL,
+                }
+            )
+    return found
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--models", nargs="+", choices=[*MODELS, *TINY], metavar="MODEL")
+    parser.add_argument("--batches", nargs="+", type=int, metavar="SIZE")
+    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS), metavar="WAY")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--limit", type=float, default=120.0, help="seconds a turn may take")
+    parser.add_argument("--resume", action="store_true", help="keep the cases the file has already")
+    parser.add_argument("--quick", action="store_true", help="only see that it works; needs --out")
+    parser.add_argument("--out", type=Path, help="folder of the result file")
+    given = parser.parse_args(arguments)
+    if given.quick and given.out is None:
+        parser.error("--quick measures nothing worth keeping: name another folder with --out")
+    out = given.out or RESULTS
+    models = given.models or list(TINY if given.quick else MODELS)
+    batches = given.batches or (QUICK_BATCHES if given.quick else BATCHES)
+    settings = {"ways": given.ways, "rounds": given.rounds, "warm_up": WARM_UP, "steps": STEPS}
+    rows: list[Row] = []
+    if given.resume and (out / f"{NAME}.json").exists():
+        before = json.loads((out / f"{NAME}.json").read_text())
+        if before["settings"] != settings:
+            parser.error(
+                f"{out / NAME}.json was measured with {before['settings']}, which is not what is asked "
+                f"for now, {settings}: leave out --resume to begin anew"
+            )
+        rows = before["cases"]
+    console = Console()
+    done = {(row["model"], row["batch_size"]) for row in rows}
+    for name in models:
+        for size in batches:
+            if (name, size) in done:
+                continue
+            row = measure(Case(name, size), given.ways, given.rounds, given.limit, console)
+            rows.append(row)
+            show(console, row)
+            file = write(NAME, {"settings": settings, "cases": rows, "goals": goals(rows)}, out)
+            console.print(f"written to {file}")
+
+
+def show(console: Console, row: Row) -> None:
+    table = Table(title=f"{row['model']}, batch {row['batch_size']}, cut at {row['split']}")
+    for heading in ("way", "milliseconds per step", "fdg / it", "peak MB", "idle, of a core"):
+        table.add_column(heading)
+    for way in row["ways"].values():
+        if "error" in way:
+            table.add_row(way["label"], way["error"])
+            continue
+        q, ratio = way["seconds_per_step"], way["fdg_ratio"]
+        table.add_row(
+            way["label"],
+            f"{1e3 * q['median']:.1f} ({1e3 * q['q1']:.1f} to {1e3 * q['q3']:.1f})",
+            f"{ratio['median']:.3f}" if ratio else "",
+            f"{way['peak_bytes'] / 1e6:.0f}",
+            f"{way['idle_cpu_share']:.2%}",
+        )
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,199 @@
+"""``benchmarks.compare``: every way trains what it should, and a quick run as a whole."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import chains
+import pytest
+import torch
+from torch import Tensor
+from way_states import CASE, SPLIT, place, trained, training
+
+from benchmarks import compare
+from benchmarks.compare_cases import STAGES, Case
+from benchmarks.compare_trainers import Running
+from benchmarks.compare_ways import OURS, PLAIN, PUBLISHED, WAYS
+from benchmarks.reports import compare as report
+from benchmarks.reports import markdown
+from benchmarks.steps import HYPER
+from benchmarks.threads_per_batch import ThreadsPerBatch
+from benchmarks.turns import Player
+from fdg_cuda import reference
+
+ABSENT = "ModuleNotFoundError: No module named 'absent'"
+IN_TWO_PROCESSES = [name for name, way in WAYS.items() if way.processes > 1]
+
+
+def assert_close(states: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert states.keys() == expected.keys()
+    assert chains.largest_difference(states, expected) < 1e-5
+
+
+@pytest.mark.parametrize("stages", [1, 2, 3])
+def test_threads_per_batch_have_the_numbers_of_current_weights(
+    stages: int, one_torch_thread: None
+) -> None:
+    model, data = chains.mlp(), chains.batches()
+    split = chains.even_split(len(model), stages)
+    expected, _ = chains.oracle(model, split, data, backward_weights="current", **HYPER)
+    stashed, _ = chains.oracle(model, split, data, backward_weights="stash", **HYPER)
+    parts = chains.cut(model, split)
+    pipeline = ThreadsPerBatch(parts, **HYPER)
+    for batch in data:
+        pipeline.tick(batch)
+    pipeline.drain()
+    found = torch.nn.Sequential(*(layer for part in parts for layer in part)).state_dict()
+    assert chains.largest_difference(found, expected) < 1e-12
+    assert stages == 1 or chains.largest_difference(found, stashed) > 1e-6
+
+
+def test_a_thread_s_error_is_raised_where_the_tick_was_asked_for() -> None:
+    pipeline = ThreadsPerBatch(chains.cut(chains.mlp(), [4]), **HYPER)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        pipeline.tick((torch.ones(2, 3, dtype=torch.float64), torch.zeros(2, dtype=torch.long)))
+
+
+def test_delayed_ways_train_as_the_reference(tmp_path: Path, one_torch_thread: None) -> None:
+    batch = CASE.batch(channels_last=True)
+    for method in ("ddg", "fdg"):
+        trainer = Running(place(tmp_path), method=method)
+        assert trainer.seconds_per_step(0, 2) > 0
+        trained = trainer.steady.batches(1, 2)
+        chain = CASE.chain(channels_last=True)
+        parts = [chain[a:b] for a, b in pairwise([0, *SPLIT, len(chain)])]
+        result = reference.train(parts, [batch] * trained, method=method, **HYPER)
+        assert result.losses[-1] < result.losses[0]
+        assert_close(trainer.state(), chain.state_dict())
+
+
+@pytest.mark.parametrize("name", ["bp-2", "torchgpipe-4", "torchgpipe-8"])
+def test_ways_without_delay_compute_what_bp_does(
+    name: str, tmp_path: Path, one_torch_thread: None
+) -> None:
+    if name.startswith("torchgpipe"):
+        pytest.importorskip("torchgpipe", reason="of the extra 'compare'")
+    states = trained(["bp-1", name], place(tmp_path))
+    assert_close(states[name], states["bp-1"])
+    untrained = CASE.chain(channels_last=True).state_dict()
+    assert chains.largest_difference(untrained, states["bp-1"]) > 1e-3
+
+
+def test_ways_in_two_processes_compute_what_bp_does(tmp_path: Path, one_torch_thread: None) -> None:
+    player = Player(
+        [partial(training, IN_TWO_PROCESSES, place(tmp_path, rank)) for rank in range(STAGES)], 60.0
+    )
+    player.get_ready()
+    (first, trial), (second, _) = (answer.value for answer in player.turn())
+    assert trial.keys() == {True, False}
+    assert all(seconds > 0 for seconds in trial.values())
+    player.stop()
+    expected = trained(["bp-1"], place(tmp_path))["bp-1"]
+    for name in IN_TWO_PROCESSES:
+        if name == "ddp":
+            assert_close(first[name], expected)
+            assert_close(second[name], expected)
+        else:
+            assert not first[name].keys() & second[name].keys()
+            assert_close({**first[name], **second[name]}, expected)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("compare")
+    ways = ["bp-2", "gpipe-8", "fdg"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(
+            WAYS, "gpipe-8", replace(WAYS["gpipe-8"], processes=1, hops=False, needs="absent")
+        )
+        compare.main(
+            ["--quick", "--out", str(folder), "--batches", "4", "--rounds", "2", "--ways", *ways]
+        )
+    found: dict[str, Any] = json.loads((folder / "compare.json").read_text())
+    return found
+
+
+def test_a_quick_run_measures_every_way_in_every_round(results: dict[str, Any]) -> None:
+    (case,) = results["cases"]
+    assert case["ways"]["gpipe-8"]["error"] == ABSENT
+    for name in ("bp-2", "fdg"):
+        way = case["ways"][name]
+        for key in ("seconds_per_step", "fdg_ratio", "to_bp_2"):
+            assert 0 < way[key]["q1"] <= way[key]["median"] <= way[key]["q3"]
+            assert way[key]["n"] == 2
+        assert way["peak_bytes"] > way["start_bytes"] > 1e7
+        assert way["idle_cpu_share"] < 0.5, name
+    assert case["ways"]["fdg"]["fdg_ratio"]["median"] == 1
+    assert case["ways"]["bp-2"]["to_bp_2"]["median"] == 1
+    assert [goal["name"] for goal in results["goals"]] == ["fastest of all", "fastest but for ddg"]
+
+
+def test_the_file_is_what_the_documents_show(
+    results: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(markdown, "RESULTS", tmp_path)
+    assert markdown.NOT_MEASURED in report.section()
+    assert markdown.NOT_MEASURED in report.summary()
+    (tmp_path / "compare.json").write_text(json.dumps(results))
+    text = "\n".join(report.section())
+    assert "| GPipe, 8 micro-batches | failed |" in text
+    assert f"| GPipe, 8 micro-batches | tiny, 4 | `{ABSENT}` |" in text
+    assert "| fastest of all: tiny, 4 |" in text
+    assert "| tiny | batch 4, cut at " in text
+    assert "| tiny, 4 |" in "\n".join(report.summary())
+    report.picture(results).savefig(tmp_path / "compare.png")
+    assert (tmp_path / "compare.png").stat().st_size > 1000
+
+
+def test_an_interrupted_run_keeps_its_cases(
+    results: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def measured(case: Case, *_: object) -> dict[str, Any]:
+        asked.append(case.batch_size)
+        return {**results["cases"][0], "batch_size": case.batch_size}
+
+    monkeypatch.setattr(compare, "measure", measured)
+    (tmp_path / "compare.json").write_text(json.dumps(results))
+    common = ["--quick", "--resume", "--out", str(tmp_path), "--batches", "4", "8"]
+    ways = ["--ways", *results["settings"]["ways"]]
+    with pytest.raises(SystemExit):
+        compare.main([*common, *ways, "--rounds", "3"])
+    compare.main([*common, *ways, "--rounds", "2"])
+    assert asked == [8]
+    rows = json.loads((tmp_path / "compare.json").read_text())["cases"]
+    assert [row["batch_size"] for row in rows] == [4, 8]
+
+
+def test_a_quick_run_does_not_replace_the_result(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        compare.main(["--quick"])
+    assert "--out" in capsys.readouterr().err
+
+
+def test_goals_are_missed_where_another_is_faster() -> None:
+    fast = {"median": 0.8, "q1": 0.7, "q3": 0.9, "n": 2}
+    slow = {"median": 1.25, "q1": 1.2, "q3": 1.3, "n": 2}
+
+    def way(kind: str, seconds: float, ratio: dict[str, float]) -> dict[str, Any]:
+        times = {**fast, "median": seconds}
+        return {"label": kind, "kind": kind, "seconds_per_step": times, "fdg_ratio": ratio}
+
+    ways = {
+        "fdg": way(OURS, 1.2, {**slow, "median": 1.0}),
+        "ddg": way(OURS, 0.9, {**slow, "median": 1.33}),
+        "bp-2": way(PLAIN, 1.0, slow),
+        "ddp": {"label": "ddp", "kind": PLAIN, "error": "ValueError"},
+        "published": way(PUBLISHED, 1.5, fast),
+    }
+    case = {"model": "m", "batch_size": 2, "convolutional": True, "ways": ways}
+    found = [(g["other"], g["median"], g["met"]) for g in compare.goals([case])]
+    assert found == [(OURS, 1.33, False), (PLAIN, 1.25, False), (PUBLISHED, 0.8, True)]
+    (only,) = compare.goals([{**case, "convolutional": False}])
+    assert only["name"] == "not slower than threads per batch"
