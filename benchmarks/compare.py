@@ -28,7 +28,7 @@ from rich.table import Table
 from benchmarks.compare_cases import MODELS, TINY, Case
 from benchmarks.compare_processes import PROCESSES, layout_trial
 from benchmarks.compare_trainers import Place
-from benchmarks.compare_ways import STEPS, WARM_UP, WAYS, play
+from benchmarks.compare_ways import OURS, STEPS, WARM_UP, WAYS, play
 from benchmarks.harness import RESULTS, quartiles, write
 from benchmarks.turns import Answer, Make, Player, PlayerError
 
@@ -177,10 +177,13 @@ def goals(rows: list[Row]) -> list[Row]:
             n: way for n, way in row["ways"].items() if way.get("fdg_ratio") and n != SUBJECT
         }
         against = {}
-        if row["convolutional"] and measured:
-            against["fastest of all"] = min(
-                measured, key=lambda name: float(measured[name]["seconds_per_step"]["median"])
-            )
+        by_time = sorted(measured, key=lambda name: measured[name]["seconds_per_step"]["median"])
+        # With two stages ddg's overlap as fdg's do: chance decides between the two.
+        by_others = [name for name in by_time if measured[name]["kind"] != OURS]
+        if row["convolutional"]:
+            for goal, names in (("fastest of all", by_time), ("fastest but for ddg", by_others)):
+                if names:
+                    against[goal] = names[0]
         if BASELINE in measured:
             against["not slower than threads per batch"] = BASELINE
         for goal, other in against.items():
