@@ -37,9 +37,9 @@ class Study:
     """
 
     data: str = "fashion-mnist"
-    images: int = 15_000
+    images: int = 10_000
     model_depth: int = 14
-    epochs: int = 10
+    epochs: int = 8
     batch_size: int = 64
     lr: float = 0.1
     most_stages: int = 4
