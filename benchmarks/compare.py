@@ -5,8 +5,8 @@
 
 BP with one thread and with two, DDP, the pipelines of torch and torchgpipe, FDG the way its authors'
 program runs it, and this runner. Every pipeline gets the same cut, the one the runner measures. Each way
-lives in a process of its own (or two), warm, and they take turns, beginning with another one in each
-round; ratios are taken within a round. A step is forward, backward and update, with the data in memory.
+lives in a process of its own (or two), warm, and they take turns, in another order in each round; ratios
+are taken within a round. A step is forward, backward and update, with the data in memory.
 A way that fails or hangs is listed with its error; the others go on. After each case (a model and a
 batch size) the results are written; ``--resume`` goes on behind the last one.
 """
@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import tempfile
+import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -28,7 +30,7 @@ from rich.table import Table
 from benchmarks.compare_cases import MODELS, TINY, Case
 from benchmarks.compare_processes import PROCESSES, layout_trial
 from benchmarks.compare_trainers import Place
-from benchmarks.compare_ways import OURS, STEPS, WARM_UP, WAYS, play
+from benchmarks.compare_ways import OURS, WAYS, play, turn_of
 from benchmarks.harness import RESULTS, quartiles, write
 from benchmarks.turns import Answer, Make, Player, PlayerError
 
@@ -37,6 +39,7 @@ QUICK_BATCHES = (16,)
 NAME = "compare"
 SUBJECT, YARDSTICK, BASELINE = "fdg", "bp-2", "published"  # of WAYS
 GOAL = 1.0
+LEAST_ROUNDS = 3
 
 Row = dict[str, Any]
 
@@ -47,6 +50,7 @@ class Contest:
     def __init__(self, ways: dict[str, list[Place]], limit: float) -> None:
         self.errors: dict[str, str] = {}
         self.rounds: list[dict[str, float]] = []
+        self._steps: dict[str, tuple[int, int]] = {}
         self._answers: dict[str, list[list[Answer]]] = {name: [] for name in ways}
         # All import at once, and get ready one after the other.
         self._players = {
@@ -62,17 +66,19 @@ class Contest:
         for name in list(self._players):
             try:
                 self._players[name].get_ready()
+                answers = self._players[name].turn(1, 1)
             except PlayerError as error:
                 self._give_up(name, error)
+            else:
+                self._steps[name] = turn_of(max(a.value.seconds_per_step for a in answers))
 
     def round(self) -> None:
-        """A turn for everyone, begun with another one than last time."""
+        """A turn for everyone, in an order of its own."""
         names = list(self._players)
-        first = len(self.rounds) % len(names) if names else 0
         seconds = {}
-        for name in names[first:] + names[:first]:
+        for name in random.Random(len(self.rounds)).sample(names, len(names)):
             try:
-                answers = self._players[name].turn()
+                answers = self._players[name].turn(*self._steps[name])
             except PlayerError as error:
                 self._give_up(name, error)
                 continue
@@ -110,8 +116,10 @@ class Contest:
         del self._players[name]
 
 
-def measure(case: Case, ways: list[str], rounds: int, limit: float, console: Console) -> Row:
-    """Everything about one case."""
+def measure(
+    case: Case, ways: list[str], rounds: int, seconds: float, limit: float, console: Console
+) -> Row:
+    """Everything about one case, in up to so many rounds; behind so many seconds no more than three."""
     split = case.measured_split()
     with tempfile.TemporaryDirectory() as folder:
 
@@ -129,8 +137,12 @@ def measure(case: Case, ways: list[str], rounds: int, limit: float, console: Con
         )
         try:
             contest.get_ready()
-            for _ in track(range(rounds), f"{case.name}, batch {case.batch_size}", console=console):
-                contest.round()
+            begin = time.monotonic()
+            for done in track(
+                range(rounds), f"{case.name}, batch {case.batch_size}", console=console
+            ):
+                if done < LEAST_ROUNDS or time.monotonic() - begin < seconds:
+                    contest.round()
         finally:
             contest.stop()
     return {
@@ -207,7 +219,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--models", nargs="+", choices=[*MODELS, *TINY], metavar="MODEL")
     parser.add_argument("--batches", nargs="+", type=int, metavar="SIZE")
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS), metavar="WAY")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=9, help="of a case, at most")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=60.0,
+        help="after which a case begins no more than 3 rounds",
+    )
     parser.add_argument("--limit", type=float, default=120.0, help="seconds a turn may take")
     parser.add_argument("--resume", action="store_true", help="keep the cases the file has already")
     parser.add_argument("--quick", action="store_true", help="only see that it works; needs --out")
@@ -218,7 +236,7 @@ def main(arguments: list[str] | None = None) -> None:
     out = given.out or RESULTS
     models = given.models or list(TINY if given.quick else MODELS)
     batches = given.batches or (QUICK_BATCHES if given.quick else BATCHES)
-    settings = {"ways": given.ways, "rounds": given.rounds, "warm_up": WARM_UP, "steps": STEPS}
+    settings = {"ways": given.ways, "rounds": given.rounds, "seconds": given.seconds}
     rows: list[Row] = []
     if given.resume and (out / f"{NAME}.json").exists():
         before = json.loads((out / f"{NAME}.json").read_text())
@@ -234,7 +252,9 @@ def main(arguments: list[str] | None = None) -> None:
         for size in batches:
             if (name, size) in done:
                 continue
-            row = measure(Case(name, size), given.ways, given.rounds, given.limit, console)
+            row = measure(
+                Case(name, size), given.ways, given.rounds, given.seconds, given.limit, console
+            )
             rows.append(row)
             show(console, row)
             file = write(NAME, {"settings": settings, "cases": rows, "goals": goals(rows)}, out)

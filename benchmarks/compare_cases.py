@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from benchmarks.steps import Batch
 from fdg_cuda import FDGRunner, models
+from fdg_cuda.layer_times import anew
 
 STAGES = 2
 CLASSES = 10
@@ -103,6 +104,7 @@ class Case:
         runner = FDGRunner(
             self.chain(channels_last=True), ["cpu"] * STAGES, cpu_threads=STAGES, lr=0.0
         )
-        runner.fit([self.batch(channels_last=True)])
+        with anew():
+            runner.fit([self.batch(channels_last=True)])
         assert runner.split is not None
         return runner.split

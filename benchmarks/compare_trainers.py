@@ -18,9 +18,6 @@ from benchmarks.steps import HYPER, LossFunction, SteadyRunner, plain_step
 from benchmarks.threads_per_batch import ThreadsPerBatch
 from fdg_cuda import FDGRunner
 
-# A runner gives freed memory back when `fit` ends; this many steps are enough to have it again.
-RUNNER_WARM_UP = 1
-
 
 class Trainer(Protocol):
     """A model in training on one batch, over and over."""
@@ -106,7 +103,7 @@ class Running:
         self.steady = SteadyRunner(make, place.case.batch(channels_last=True))
 
     def seconds_per_step(self, warm_up: int, count: int) -> float:
-        seconds = self.steady.seconds(warm_up + RUNNER_WARM_UP, count)
+        seconds = self.steady.seconds(warm_up, count)
         return sum(seconds) / count
 
     def state(self) -> dict[str, Tensor]:

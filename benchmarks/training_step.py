@@ -32,6 +32,7 @@ from benchmarks.turns import Player
 from fdg_cuda import FDGRunner, models
 from fdg_cuda._core import Work, keep_freed_memory
 from fdg_cuda.cpu_stage import CpuStage
+from fdg_cuda.layer_times import anew
 from fdg_cuda.layout import Step
 from fdg_cuda.stage import Stage
 
@@ -250,7 +251,8 @@ def main() -> None:
 def measured_split(settings: argparse.Namespace) -> list[int]:
     runner = runner_of(settings, 2)
     _, batch = make(settings)
-    runner.fit([batch])
+    with anew():
+        runner.fit([batch])
     assert runner.split is not None
     return runner.split
 

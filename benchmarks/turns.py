@@ -18,7 +18,7 @@ from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
-Turn = Callable[[], Any]
+Turn = Callable[..., Any]
 Make = Callable[[], Turn]
 
 STOP_SECONDS = 10.0
@@ -78,31 +78,31 @@ class Player:
         Raises:
             PlayerError: it cannot; its processes are gone.
         """
-        self._ask()
+        self._ask(())
 
-    def turn(self) -> list[Answer]:
-        """An answer of each process.
+    def turn(self, *arguments: Any) -> list[Answer]:
+        """An answer of each process, which does its turn with these arguments.
 
         Raises:
             PlayerError: it cannot; its processes are gone.
         """
-        return self._ask()
+        return self._ask(arguments)
 
     def stop(self) -> None:
         for pipe in self._pipes:
             with suppress(OSError):  # it has ended by itself
-                pipe.send(False)
+                pipe.send(None)
         give_up = time.monotonic() + STOP_SECONDS
         for process in self._processes:
             process.join(max(0.0, give_up - time.monotonic()))
         self._kill()
 
-    def _ask(self) -> list[Any]:
+    def _ask(self, arguments: tuple[Any, ...]) -> list[Any]:
         answers: dict[Connection, Any] = {}
         give_up = time.monotonic() + self._limit
         try:
             for pipe in self._pipes:
-                pipe.send(True)
+                pipe.send(arguments)
             while len(answers) < len(self._pipes):
                 waiting = [pipe for pipe in self._pipes if pipe not in answers]
                 ready = wait(waiting, max(0.0, give_up - time.monotonic()))
@@ -150,15 +150,15 @@ def _environment(further: Mapping[str, str]) -> Iterator[None]:
 
 def _serve(make: Make, pipe: Connection) -> None:
     try:
-        if not pipe.recv():
+        if pipe.recv() is None:
             return
         turn = make()
         pipe.send(None)
         idle_since, cpu_then = time.perf_counter(), time.process_time()
-        while pipe.recv():
+        while (arguments := pipe.recv()) is not None:
             idle = time.perf_counter() - idle_since
             idle_cpu = time.process_time() - cpu_then
-            value = turn()
+            value = turn(*arguments)
             pipe.send(Answer(value, idle, idle_cpu, resident_bytes("VmHWM")))
             idle_since, cpu_then = time.perf_counter(), time.process_time()
     except EOFError:

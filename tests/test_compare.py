@@ -64,7 +64,7 @@ def test_delayed_ways_train_as_the_reference(tmp_path: Path, one_torch_thread: N
     for method in ("ddg", "fdg"):
         trainer = Running(place(tmp_path), method=method)
         assert trainer.seconds_per_step(0, 2) > 0
-        trained = trainer.steady.batches(1, 2)
+        trained = trainer.steady.batches(0, 2)
         chain = CASE.chain(channels_last=True)
         parts = [chain[a:b] for a, b in pairwise([0, *SPLIT, len(chain)])]
         result = reference.train(parts, [batch] * trained, method=method, **HYPER)
@@ -72,12 +72,12 @@ def test_delayed_ways_train_as_the_reference(tmp_path: Path, one_torch_thread: N
         assert_close(trainer.state(), chain.state_dict())
 
 
-@pytest.mark.parametrize("name", ["bp-2", "torchgpipe-4", "torchgpipe-8"])
+@pytest.mark.parametrize("name", ["bp-2", "torchgpipe-4"])
 def test_ways_without_delay_compute_what_bp_does(
     name: str, tmp_path: Path, one_torch_thread: None
 ) -> None:
     if name.startswith("torchgpipe"):
-        pytest.importorskip("torchgpipe", reason="of the extra 'compare'")
+        pytest.importorskip("torchgpipe", reason="of the extra 'bench'")
     states = trained(["bp-1", name], place(tmp_path))
     assert_close(states[name], states["bp-1"])
     untrained = CASE.chain(channels_last=True).state_dict()
