@@ -119,7 +119,8 @@ class Contest:
 def measure(
     case: Case, ways: list[str], rounds: int, seconds: float, limit: float, console: Console
 ) -> Row:
-    """Everything about one case, in up to so many rounds; no further one behind so many seconds, once there are three."""
+    """Everything about one case. So many rounds at most, and no further one behind so many seconds, once
+    there are three."""
     split = case.measured_split()
     with tempfile.TemporaryDirectory() as folder:
 

@@ -20,8 +20,8 @@ Measured = TypeVar("Measured")
 def measured_at_work(
     measure: Callable[[Callable[[], bool]], Measured], *, others: int, threads: int = 1
 ) -> Measured:
-    """``measure`` on a thread of its own while ``others`` more compute, with ``threads`` intra-op threads
-    each. One at a time in a process: the next one waits.
+    """``measure`` on a thread of its own while ``others`` more compute, with ``threads`` intra-op
+    threads each. One at a time in a process: the next one waits.
 
     On the caller's thread, with idle cores beside it, the same layers take less time than in a stage:
     the OpenMP runtime lets threads spin that wait for each other as long as there are no more than
