@@ -30,7 +30,7 @@ from rich.table import Table
 from benchmarks.compare_cases import MODELS, TINY, Case
 from benchmarks.compare_processes import PROCESSES, layout_trial
 from benchmarks.compare_trainers import Place
-from benchmarks.compare_ways import OURS, WAYS, play, turn_of
+from benchmarks.compare_ways import WAYS, play, turn_of
 from benchmarks.harness import RESULTS, quartiles, write
 from benchmarks.turns import Answer, Make, Player, PlayerError
 
@@ -119,7 +119,8 @@ class Contest:
 def measure(
     case: Case, ways: list[str], rounds: int, seconds: float, limit: float, console: Console
 ) -> Row:
-    """Everything about one case, in up to so many rounds; behind so many seconds no more than three."""
+    """Everything about one case. So many rounds at most, and no further one behind so many seconds, once
+    there are three."""
     split = case.measured_split()
     with tempfile.TemporaryDirectory() as folder:
 
@@ -182,20 +183,20 @@ def faster_layout(trial: Sequence[Make], limit: float) -> bool:
 
 
 def goals(rows: list[Row]) -> list[Row]:
-    """fdg is the fastest in every convolutional case, and nowhere slower than the published way."""
+    """fdg is the fastest in every convolutional case, and nowhere slower than the published way.
+
+    Beside which way it does worst, its ratios say; ways that failed are no part of it.
+    """
     found = []
     for row in rows:
         measured = {
             n: way for n, way in row["ways"].items() if way.get("fdg_ratio") and n != SUBJECT
         }
         against = {}
-        by_time = sorted(measured, key=lambda name: measured[name]["seconds_per_step"]["median"])
-        # With two stages ddg's overlap as fdg's do: chance decides between the two.
-        by_others = [name for name in by_time if measured[name]["kind"] != OURS]
-        if row["convolutional"]:
-            for goal, names in (("fastest of all", by_time), ("fastest but for ddg", by_others)):
-                if names:
-                    against[goal] = names[0]
+        if row["convolutional"] and measured:
+            against["fastest of all"] = max(
+                measured, key=lambda name: measured[name]["fdg_ratio"]["median"]
+            )
         if BASELINE in measured:
             against["not slower than threads per batch"] = BASELINE
         for goal, other in against.items():
@@ -224,7 +225,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--seconds",
         type=float,
         default=60.0,
-        help="after which a case begins no more than 3 rounds",
+        help="after which a case begins no further round, once it has had 3",
     )
     parser.add_argument("--limit", type=float, default=120.0, help="seconds a turn may take")
     parser.add_argument("--resume", action="store_true", help="keep the cases the file has already")
@@ -257,8 +258,9 @@ def main(arguments: list[str] | None = None) -> None:
             )
             rows.append(row)
             show(console, row)
-            file = write(NAME, {"settings": settings, "cases": rows, "goals": goals(rows)}, out)
-            console.print(f"written to {file}")
+            write(NAME, {"settings": settings, "cases": rows, "goals": goals(rows)}, out)
+    file = write(NAME, {"settings": settings, "cases": rows, "goals": goals(rows)}, out)
+    console.print(f"written to {file}")
 
 
 def show(console: Console, row: Row) -> None:

@@ -45,11 +45,22 @@ def cpu_name() -> str:
     return names[0] if names else platform.processor()
 
 
+# They say where results lie, or how much of them there was before, and nothing of what was measured.
+OF_THIS_CALL = {"--out": 1, "--data-root": 1, "--resume": 0, "--anew": 0}
+
+
 def command() -> str:
-    """This process's command line, with modules by their name."""
+    """The command line that repeats this process's results, with modules by their name."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     name = spec.name.removesuffix(".__main__") if spec is not None else Path(sys.argv[0]).name
-    return shlex.join(["python", "-m", name, *sys.argv[1:]])
+    words, given = [], iter(sys.argv[1:])
+    for word in given:
+        option, equals, _ = word.partition("=")
+        if option not in OF_THIS_CALL:
+            words.append(word)
+        elif OF_THIS_CALL[option] and not equals:
+            next(given, None)
+    return shlex.join(["python", "-m", name, *words])
 
 
 def quartiles(values: Sequence[float]) -> dict[str, float]:

@@ -16,9 +16,11 @@ import argparse
 import csv
 import json
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
+from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,6 +38,7 @@ PUBLISHED = Path(__file__).parent / "published.json"
 TIMES = "times"
 TIMED_EPOCHS = 4  # the first of which is not counted
 WRONG_INPUT, INTERRUPTED = 2, 130  # exit codes of the command line that end this one, too
+TERMINATED = 143
 
 
 @dataclass(frozen=True)
@@ -152,10 +155,26 @@ def words_of(run: Run, given: argparse.Namespace) -> list[str]:
 def train(words: Sequence[str]) -> tuple[int, str]:
     """The command line in a process of its own: its exit code, and the last line it complained with."""
     command = [sys.executable, "-m", "fdg_cuda", *words]
-    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
-    sys.stderr.write(done.stderr)
-    lines = done.stderr.strip().splitlines()
-    return done.returncode, lines[-1] if lines else f"exit code {done.returncode}"
+    stopped = False
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        lines: deque[str] = deque(maxlen=1)
+        while True:
+            try:
+                for line in process.stderr:
+                    sys.stderr.write(line)
+                    lines.extend(filter(None, [line.strip()]))
+                code = process.wait()
+                break
+            except KeyboardInterrupt:
+                # A terminal sent it to the run too, which stops at a checkpoint: that is waited for.
+                stopped = True
+            except BaseException:
+                process.terminate()  # which stops it at a checkpoint, too
+                raise
+    if stopped:
+        raise KeyboardInterrupt
+    return code, lines[-1] if lines else f"exit code {code}"
 
 
 # -- results --------------------------------------------------------------------------------------
@@ -289,11 +308,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             console.print(f"{run.name}\n  {words}", markup=False, highlight=False)
         console.print(f"{len(runs)} runs, {sum(run.epochs for run in runs):,} epochs")
         return
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     try:
         do(runs, given, console)
     except KeyboardInterrupt:
         console.print("stopped; the same command goes on from here")
         sys.exit(INTERRUPTED)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":

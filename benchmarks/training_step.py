@@ -61,6 +61,8 @@ def bp(settings: argparse.Namespace, threads: int) -> Steps:
 
     def steps() -> list[float]:
         seconds = []
+        for _ in range(WARM_UP):
+            plain_step(model, optimizer, batch)
         for _ in range(STEPS):
             begin = time.perf_counter()
             plain_step(model, optimizer, batch)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import multiprocessing as mp
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -121,7 +122,7 @@ class Player:
         except (EOFError, OSError):
             for process in self._processes:
                 process.join(1.0)
-            codes = [str(process.exitcode) for process in self._processes if process.exitcode]
+            codes = [str(process.exitcode) for process in self._processes if not process.is_alive()]
             self._kill()
             raise PlayerError(f"a process ended by itself, exit code {', '.join(codes)}") from None
         return [answers[pipe] for pipe in self._pipes]
@@ -149,6 +150,8 @@ def _environment(further: Mapping[str, str]) -> Iterator[None]:
 
 
 def _serve(make: Make, pipe: Connection) -> None:
+    # A terminal sends Ctrl-C to all; only the caller can tell what it means.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         if pipe.recv() is None:
             return

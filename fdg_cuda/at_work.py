@@ -11,13 +11,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fdg_cuda.freed_memory import keep_freed, return_freed_memory
+from fdg_cuda.cpu_threads import torch_threads
+from fdg_cuda.freed_memory import keep_freed, return_freed
 
 Measured = TypeVar("Measured")
 
 
-def measured_at_work(measure: Callable[[Callable[[], bool]], Measured], *, others: int) -> Measured:
-    """``measure`` on a thread of its own while ``others`` more compute, one core each.
+def measured_at_work(
+    measure: Callable[[Callable[[], bool]], Measured], *, others: int, threads: int = 1
+) -> Measured:
+    """``measure`` on a thread of its own while ``others`` more compute, with ``threads`` intra-op
+    threads each. One at a time in a process: the next one waits.
 
     On the caller's thread, with idle cores beside it, the same layers take less time than in a stage:
     the OpenMP runtime lets threads spin that wait for each other as long as there are no more than
@@ -29,29 +33,30 @@ def measured_at_work(measure: Callable[[Callable[[], bool]], Measured], *, other
     Raises:
         whatever ``measure`` raises.
     """
-    previous_threads = torch.get_num_threads()
     stopped = threading.Event()
-    keep_freed()  # as in training
-    try:
-        with ThreadPoolExecutor(1 + others) as pool:
-            company = [pool.submit(_compute_until, stopped) for _ in range(others)]
-            try:
-                measured = pool.submit(measure, stopped.is_set).result()
-            finally:
-                stopped.set()
-        for other in company:
-            other.result()  # raises what ended it early
-        return measured
-    finally:
-        return_freed_memory()
-        # torch takes the number set last, by whatever thread, for threads to come.
-        torch.set_num_threads(previous_threads)
+    with torch_threads:
+        previous_threads = torch.get_num_threads()
+        keep_freed()  # as in training
+        try:
+            with ThreadPoolExecutor(1 + others) as pool:
+                company = [pool.submit(_compute_until, stopped, threads) for _ in range(others)]
+                try:
+                    measured = pool.submit(measure, stopped.is_set).result()
+                finally:
+                    stopped.set()
+            for other in company:
+                other.result()  # raises what ended it early
+            return measured
+        finally:
+            return_freed()
+            # torch takes the number set last, by whatever thread, for threads to come.
+            torch.set_num_threads(previous_threads)
 
 
-def _compute_until(stopped: threading.Event) -> None:
+def _compute_until(stopped: threading.Event, threads: int) -> None:
     """Training of a few layers, over and over: some 10 ms and 10 MB at a time."""
     torch.get_num_threads()  # or the thread's first use of its count resets it to the default
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     weights = [_numbers(32, 32, 3, 3).requires_grad_() for _ in range(4)]
     x, error = _numbers(4, 32, 32, 32), _numbers(4, 32, 32, 32)
     while not stopped.is_set():

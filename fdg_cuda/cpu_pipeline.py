@@ -13,7 +13,7 @@ from fdg_cuda.batches import Batch
 from fdg_cuda.chain import check_loss
 from fdg_cuda.cpu_stage import CpuStage
 from fdg_cuda.cpu_threads import set_threads_of_streams
-from fdg_cuda.freed_memory import keep_freed, return_freed_memory
+from fdg_cuda.freed_memory import keep_freed, return_freed
 from fdg_cuda.interrupts import Interrupts
 from fdg_cuda.layout import CpuLayout
 from fdg_cuda.loss_scale import LossScale
@@ -91,7 +91,7 @@ class CpuPipeline(Pipeline):
             restore_generator()
             self._rerouted = False
         self._targets.clear()
-        return_freed_memory()
+        return_freed()
 
     def _put(self, number: int, batch: Batch) -> None:
         self._stages[0].inputs[number] = cloned(batch[0])

@@ -213,6 +213,7 @@ class CpuMachine(Machine):
                     stopped=stopped,
                 ),
                 others=others,
+                threads=threads,
             )
 
         return remembered(

@@ -274,7 +274,8 @@ def test_seeds_are_compared_with_themselves_only() -> None:
     for way in WAYS[1:]:
         del runs[key_of(way, 2)]
     runs[key_of(WAYS[0], 2)]["epochs"][-1]["test_error"] = 0.9
-    assert [v.answer for v in verdicts(runs, WAYS, CLASSES)][2:] == ["yes", "yes"]
+    wide = "within noise, which is wider than 0.5 points"  # of two seeds
+    assert [v.answer for v in verdicts(runs, WAYS, CLASSES)][2:] == [wide, wide]
 
 
 def test_intervals_are_those_of_students_t() -> None:

@@ -33,6 +33,9 @@ NOTES = [
     "faults in every step (`FDG_KEEP_FREED_MEMORY=0` leaves it alone); no other way does by itself. "
     "`kept memory` is BP with the same settings, from the environment: what of the gain is due to them.",
     "",
+    "`fdg` and `ddg` are timed in the steady state, from one batch's loss to the next. Fill and "
+    "drain come once per epoch: N batches take about as long as N + K - 1 such steps.",
+    "",
     "Memory is the peak resident set (`VmHWM`), summed over the way's processes; in brackets what "
     "was resident before the model was made: Python, torch and its libraries, once per process.",
     "",

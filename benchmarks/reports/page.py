@@ -18,13 +18,15 @@ INTRODUCTION = """\
 <!-- Made by python -m benchmarks.tables from benchmarks/results: change that, not this. -->
 
 What this is worth, and what not. Every figure here comes from a file in
-[benchmarks/results](../benchmarks/results), none from a text editor, and every goal that was set stands
-here whether it was met or not.
+[benchmarks/results](../benchmarks/results) that a command wrote, but for those that papers printed:
+these are in [benchmarks/published.json](../benchmarks/published.json) with their sources. Every goal
+that was set stands here whether it was met or not.
 
-How figures are made: each is a median, with the lower and upper quartile in brackets, of rounds in which
-all sides take turns, so that a slow moment of the machine meets all of them; ratios are taken within a
-round, and so may differ a little from the ratio of two medians. Under each table stand the machine, the
-versions and the command that repeats it, on a quiet machine from the root of a clone:
+How times are measured, unless a section says otherwise: a median, with the lower and upper quartile
+in brackets, of rounds in which all sides take turns, so that a slow moment of the machine meets all of
+them; ratios are taken within a round, and so may differ a little from the ratio of two medians. Under
+each table stand the machine, the versions and the command that repeats it, on a quiet machine from the
+root of a clone:
 
 ```sh
 pip install -c constraints.txt -e '.[dev]'
