@@ -200,7 +200,6 @@ class CpuMachine(Machine):
         self, layers: Sequence[nn.Module], batch: Batch, loss_fn: LossFunction
     ) -> list[LayerCost]:
         threads = self._threads_per_stage()
-        others = min(self._stages_at_once, share_of_cores(self._cpu_threads, 1)) - 1
 
         def measured() -> list[LayerCost]:
             return measured_at_work(
@@ -212,19 +211,9 @@ class CpuMachine(Machine):
                     precision=self.precision,
                     stopped=stopped,
                 ),
-                others=others,
-                threads=threads,
             )
 
-        return remembered(
-            layers,
-            batch,
-            loss_fn,
-            threads,
-            measured,
-            device=f"cpu beside {others}",
-            precision=self.precision,
-        )
+        return remembered(layers, batch, loss_fn, threads, measured, precision=self.precision)
 
     def update_seconds_per_byte(self) -> float:
         return update_seconds_per_byte(torch.device("cpu"), self._threads_per_stage())
@@ -279,11 +268,8 @@ class CpuMachine(Machine):
             yield from inference.run(batches)
 
     def _threads_per_stage(self) -> int:
-        return share_of_cores(self._cpu_threads, self._stages_at_once)
-
-    @property
-    def _stages_at_once(self) -> int:
-        return 1 if self.schedule.method == "bp" else self.schedule.stages
+        at_once = 1 if self.schedule.method == "bp" else self.schedule.stages
+        return share_of_cores(self._cpu_threads, at_once)
 
 
 def _caller_has_settings() -> bool:
