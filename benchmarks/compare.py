@@ -248,6 +248,12 @@ def main(arguments: list[str] | None = None) -> None:
             )
         rows = before["cases"]
     console = Console()
+
+    def keep() -> Path:
+        return write(NAME, {"settings": settings, "cases": rows, "goals": goals(rows)}, out)
+
+    if rows:
+        keep()  # from now on as part of what this command gives
     done = {(row["model"], row["batch_size"]) for row in rows}
     for name in models:
         for size in batches:
@@ -258,9 +264,7 @@ def main(arguments: list[str] | None = None) -> None:
             )
             rows.append(row)
             show(console, row)
-            write(NAME, {"settings": settings, "cases": rows, "goals": goals(rows)}, out)
-    file = write(NAME, {"settings": settings, "cases": rows, "goals": goals(rows)}, out)
-    console.print(f"written to {file}")
+            console.print(f"written to {keep()}")
 
 
 def show(console: Console, row: Row) -> None:

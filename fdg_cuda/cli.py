@@ -170,7 +170,13 @@ def _prepare(given: Given) -> Training:
 
 
 def _run(training: Training) -> int:
-    from fdg_cuda.errors import CheckpointError, LoaderWorkerError, UnfinishedRunError
+    from fdg_cuda.errors import (
+        CheckpointError,
+        CutMemoryError,
+        LoaderWorkerError,
+        ModelCaptureError,
+        UnfinishedRunError,
+    )
     from fdg_cuda.progress import make_console
     from fdg_cuda.report import summary_table
 
@@ -183,7 +189,7 @@ def _run(training: Training) -> int:
             f"folder (--out)"
         )
         return USER_ERROR
-    except CheckpointError as error:
+    except (CheckpointError, ModelCaptureError, CutMemoryError) as error:
         _complain(str(error))
         return USER_ERROR
     except LoaderWorkerError as error:

@@ -127,10 +127,10 @@ def test_a_quick_run_measures_every_way_in_every_round(results: dict[str, Any]) 
             assert 0 < way[key]["q1"] <= way[key]["median"] <= way[key]["q3"]
             assert way[key]["n"] == 2
         assert way["peak_bytes"] > way["start_bytes"] > 1e7
-        assert way["idle_cpu_share"] < 0.05, name
+        assert way["idle_cpu_share"] < 0.5, name  # of some milliseconds
     assert case["ways"]["fdg"]["fdg_ratio"]["median"] == 1
     assert case["ways"]["bp-2"]["to_bp_2"]["median"] == 1
-    assert [goal["name"] for goal in results["goals"]] == ["fastest of all", "fastest but for ddg"]
+    assert [goal["name"] for goal in results["goals"]] == ["fastest of all"]
 
 
 def test_the_file_is_what_the_documents_show(

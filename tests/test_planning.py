@@ -224,9 +224,11 @@ def test_the_command_prints_draws_and_writes(
     ("arguments", "message"),
     [
         ("--model resnet5", "there is no 'resnet5'. Did you mean 'resnet"),
-        ("--model nowhere:make", "nowhere:make cannot be imported"),
+        ("--model nowhere:make", "nowhere cannot be imported"),
         ("--model math:sqrt", "--model: math:sqrt failed: TypeError"),
-        ("--model builtins:dict", "must return an nn.Module; got a dict"),
+        ("--model builtins:dict", "must return an nn.Module; got dict"),
+        ("--model own_nets.py:Net", "a module is meant, as in own_nets:Net"),
+        ("--model builtins:dictt", "no function or class 'dictt'. Did you mean 'dict'?"),
         ("--image 3,32", "--image takes channels, height and width"),
         ("--hardware none.toml", "--hardware names none.toml, and there is no such file"),
         ("--precision float8", "precision"),

@@ -26,7 +26,9 @@ How times are measured, unless a section says otherwise: a median, with the lowe
 in brackets, of rounds in which all sides take turns, so that a slow moment of the machine meets all of
 them; ratios are taken within a round, and so may differ a little from the ratio of two medians. Under
 each table stand the machine, the versions and the command that repeats it, on a quiet machine from the
-root of a clone:
+root of a clone. The machine is a shared one, and its speed changes by up to a factor of two from hour to
+hour: compare times within a table, and never across tables. A ratio whose quartiles lie on both sides of
+1 says that two ways take about the same time.
 
 ```sh
 pip install -c constraints.txt -e '.[dev]'
