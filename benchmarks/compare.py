@@ -18,7 +18,6 @@ import json
 import random
 import tempfile
 import time
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -131,8 +130,14 @@ def measure(
         pipelines = [name for name in ways if WAYS[name].hops]
         layouts = dict.fromkeys(ways, case.model.convolutional)
         if pipelines and case.model.convolutional:
-            trial = [partial(layout_trial, place) for place in places("trial", PROCESSES, True)]
-            layouts.update(dict.fromkeys(pipelines, faster_layout(trial, limit)))
+            trials: dict[bool, list[Make]] = {
+                layout: [
+                    partial(layout_trial, place)
+                    for place in places(f"trial {layout}", PROCESSES, layout)
+                ]
+                for layout in (True, False)
+            }
+            layouts.update(dict.fromkeys(pipelines, faster_layout(trials, limit)))
         contest = Contest(
             {name: places(name, WAYS[name].processes, layouts[name]) for name in ways}, limit
         )
@@ -166,20 +171,24 @@ def measure(
     }
 
 
-def faster_layout(trial: Sequence[Make], limit: float) -> bool:
-    """Whether channels_last is."""
-    player = Player(trial, limit)
-    try:
-        player.get_ready()
-        answers = [answer.value for answer in player.turn()]
-    except PlayerError:
-        return True  # what is wrong, each of the pipelines will say
-    finally:
-        player.stop()
-    slowest = {
-        layout: max(float(seconds[layout]) for seconds in answers) for layout in (True, False)
-    }
-    return slowest[True] <= slowest[False]
+def faster_layout(trials: dict[bool, list[Make]], limit: float) -> bool:
+    """Whether channels_last is, of the layouts that work. If neither does, each of the pipelines will
+    say why.
+
+    Args:
+        trials: of each layout, for a player's processes.
+    """
+    seconds = {}
+    for layout, makes in trials.items():
+        player = Player(makes, limit)
+        try:
+            player.get_ready()
+            seconds[layout] = max(float(answer.value) for answer in player.turn())
+        except PlayerError:
+            continue
+        finally:
+            player.stop()
+    return min(seconds, key=seconds.__getitem__, default=True)
 
 
 def goals(rows: list[Row]) -> list[Row]:

@@ -38,6 +38,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.harness import RESULTS, quartiles, write
+from benchmarks.learning_study import even_split
 from fdg_cuda import data, models, reference
 
 MODES = ("stash", "current")
@@ -61,7 +62,7 @@ class Study:
     batches: int = 240
     every: int = 10
     stages: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)
-    lr: float = 0.05
+    lr: float = 0.02
     pooled: int = 2
     seed: int = 0
 
@@ -206,7 +207,7 @@ def angles(
 
 def cut_evenly(chain: nn.Sequential, stages: int) -> tuple[list[int], list[nn.Module]]:
     """By the number of children: where to cut does not depend on the machine."""
-    split = [round(k * len(chain) / stages) for k in range(1, stages)]
+    split = even_split(len(chain), stages)
     layers = list(chain)
     bounds = [0, *split, len(layers)]
     return split, [nn.Sequential(*layers[begin:end]) for begin, end in pairwise(bounds)]

@@ -18,9 +18,8 @@ Measured = TypeVar("Measured")
 def measured_at_work(measure: Callable[[Callable[[], bool]], Measured]) -> Measured:
     """``measure`` on a thread of its own. One at a time in a process: the next one waits.
 
-    With several intra-op threads the same layers take some 10 % less on the thread that built the model:
-    the OpenMP runtime lets threads spin that wait for each other as long as there are no more than
-    cores, and a stage's come in addition to the caller's.
+    With several intra-op threads the same layers take less time on the thread that built the model than
+    on one of a stage, so that plans made there come out too short.
 
     Args:
         measure: its argument says whether to stop before the end, since nobody wants its result.

@@ -311,3 +311,16 @@ def test_what_is_at_work_ends_with_the_block() -> None:
         stopped()
     assert active_children() == []
     assert time.monotonic() - begin < 30
+
+
+@pytest.mark.skipif(
+    not data.DEBIAN_FASHION_MNIST.is_dir(), reason="dataset-fashion-mnist is not installed"
+)
+def test_a_run_on_fashion_mnist() -> None:
+    """The study's own data, as few of them as possible."""
+    study = Study(images=256, model_depth=8, epochs=1)
+    run = study.train(Way("fdg", 2), 0)
+    (row,) = run["epochs"]
+    assert run["diverged"] is None
+    assert 0 < row["test_error"] < 1
+    assert len(learning_study.halved("fashion-mnist", 256, None).test) == 10_000

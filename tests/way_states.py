@@ -31,6 +31,6 @@ def trained(names: list[str], where: Place) -> States:
     return states
 
 
-def training(names: list[str], where: Place) -> Callable[[], tuple[States, dict[bool, float]]]:
-    """The same as a player's turn, and the trial of layouts behind it."""
+def training(names: list[str], where: Place) -> Callable[[], tuple[States, float]]:
+    """The same as a player's turn, and the trial of a layout behind it."""
     return lambda: (trained(names, where), layout_trial(where)())

@@ -7,6 +7,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from benchmarks.compare_cases import EVERY_MODEL
 from benchmarks.compare_ways import OURS, PEER
 from benchmarks.reports.goals import Goal
 from benchmarks.reports.markdown import NOT_MEASURED, load, origin, spread, table
@@ -46,7 +47,7 @@ def section() -> list[str]:
     results = load("compare")
     if results is None:
         return [HEADING, "", NOT_MEASURED, ""]
-    cases: list[Row] = results["cases"]
+    cases = in_order(results["cases"])
     return [
         HEADING,
         "",
@@ -57,7 +58,7 @@ def section() -> list[str]:
         "faster.",
         "",
         *ratios(cases),
-        *goal_table(results["goals"]),
+        *goal_table(in_order(results["goals"])),
         "Each model by itself: medians, quartiles in brackets.",
         "",
         *(line for model in unique(cases) for line in details(model, cases)),
@@ -74,7 +75,7 @@ def summary() -> list[str]:
     if results is None:
         return [HEADING, "", NOT_MEASURED, ""]
     rows = []
-    for case in results["cases"]:
+    for case in in_order(results["cases"]):
         ways = case["ways"]
         peers = [way for way in measured(case).values() if way["kind"] == PEER]
         best = min(peers, key=seconds, default=None)
@@ -98,7 +99,14 @@ def summary() -> list[str]:
         ),
         *("/ fastest pipeline of others", "/ threads per batch"),
     ]
-    return [*table(headings, rows), *origin(results)]
+    below = "A step of `fdg` over one of each way, on two CPU cores: below 1 `fdg` is faster."
+    return [below, "", *table(headings, rows), *origin(results)]
+
+
+def in_order(rows: list[Row]) -> list[Row]:
+    """By model and batch size, in whichever order they were measured."""
+    models = list(EVERY_MODEL)
+    return sorted(rows, key=lambda row: (models.index(row["model"]), row["batch_size"]))
 
 
 def goals() -> list[Goal]:
@@ -112,13 +120,13 @@ def goals() -> list[Goal]:
             f"{goal['median']:.3f}",
             goal["met"],
         )
-        for goal in results["goals"]
+        for goal in in_order(results["goals"])
     ]
 
 
 def picture(results: Row) -> Figure:
     """Bars per case: the time of a step relative to BP with two threads."""
-    cases: list[Row] = results["cases"]
+    cases = in_order(results["cases"])
     sizes = sorted({case["batch_size"] for case in cases})
     models = unique(cases)
     count = max(len(case["ways"]) for case in cases)

@@ -12,7 +12,7 @@ from benchmarks import learning_curves
 from benchmarks.learning_runs import BP, Way, families, finals, shown
 from benchmarks.learning_runs import summary as summary_of
 from benchmarks.learning_study import Study
-from benchmarks.learning_verdicts import Verdict, verdicts
+from benchmarks.learning_verdicts import MARGIN, Verdict, verdicts
 from benchmarks.reports.markdown import NOT_MEASURED, load, origin, table
 
 HEADING = "**Learning with delayed gradients** (means over seeds)"
@@ -46,8 +46,8 @@ def section() -> list[str]:
         "",
         *_claims(_verdicts(results)),
         "Answers are those of a 95 % t interval over seeds (±), paired by seed. A difference that lies "
-        "within ± is called noise: as large a one could hide there. A run that diverged counts as "
-        "guessing.",
+        "within ± is called noise: as large a one could hide there. Equal is what is known to differ "
+        f"by less than {100 * MARGIN:g} points. A run that diverged counts as guessing.",
         "",
         *origin(results),
     ]
