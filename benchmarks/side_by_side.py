@@ -38,14 +38,11 @@ def side_by_side(
         numbers = {pool.submit(task): number for number, task in enumerate(tasks)}
         yield ((numbers[future], future.result()) for future in as_completed(numbers))
     except BaseException:
-        # Before anything waits for them, which the end of this process would.
-        pool.shutdown(wait=False, cancel_futures=True)
         for child in set(active_children()) - others:
-            child.terminate()
-            child.join()
+            child.terminate()  # and left to the pool to join: of two that do one may miss the end
         raise
     finally:
-        pool.shutdown()
+        pool.shutdown(cancel_futures=True)
 
 
 def _prepare() -> None:

@@ -8,16 +8,21 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 PATIENCE_SECONDS = 5.0
 
 
 def children() -> set[int]:
-    """Process ids of this process's children that run, or that nobody will ask how they ended."""
+    """Process ids of this process's children that run, or that nobody will ask how they ended.
+
+    Without the one that ``multiprocessing`` starts with the first spawned process and keeps to the end.
+    """
     multiprocessing.active_children()  # which asks those of its own; else the next start would
     lists = Path("/proc/self/task").glob("*/children")
-    return {int(pid) for each in lists for pid in each.read_text().split()}
+    found = {int(pid) for each in lists for pid in each.read_text().split()}
+    return found - {resource_tracker._resource_tracker._pid}
 
 
 def descriptors() -> dict[str, str]:
