@@ -21,6 +21,7 @@ from fdg_cuda.nested import Nested, cloned, distinct, map_distinct, tensors
 from fdg_cuda.pipeline import LossFunction
 from fdg_cuda.precision import Precision
 from fdg_cuda.saved_bytes import SavedBytes
+from fdg_cuda.whole_pass import WholePass, run_whole
 
 # Passes behind the one that warms up.
 MOST_PASSES, LEAST_PASSES = 9, 3
@@ -199,10 +200,10 @@ class _Passed:
 
 @dataclass
 class _Pass:
-    """``layers`` one by one, and all of them as one piece; of that only the seconds. None: not run."""
+    """``layers`` one by one, and all of them as one piece. None: not run."""
 
     layers: list[_Passed]
-    whole: _Passed | None = None
+    whole: WholePass | None = None
 
 
 class _Chain:
@@ -224,7 +225,11 @@ class _Chain:
 
     def run_and_whole(self) -> _Pass:
         """A pass of both kinds."""
-        return _Pass(self.run().layers, self._run_whole())
+        layers = self.run().layers
+        return _Pass(
+            layers,
+            run_whole(self._layers, self._batch, self._loss, self._precision, self._synchronize),
+        )
 
     def run(self, counted: SavedBytes | None = None) -> _Pass:
         """A forward and a backward of every layer. ``counted``: takes note of what autograd keeps."""
@@ -259,24 +264,6 @@ class _Chain:
             for parameter in self._layers[number].parameters():
                 parameter.grad = None
         return _Pass(passed)
-
-    def _run_whole(self) -> _Passed:
-        """As a single stage does it."""
-        passed = _Passed()
-        x, target = cloned(self._batch[0]), cloned(self._batch[1])
-        begin = self._now()
-        with said_where("the layers one behind the other, at the first batch"), self._autocast():
-            for layer in self._layers:
-                x = layer(x)
-            loss = self._loss(x, target)
-        passed.forward = self._now() - begin
-        begin = self._now()
-        torch.autograd.backward([loss])
-        passed.backward = self._now() - begin
-        for layer in self._layers:
-            for parameter in layer.parameters():
-                parameter.grad = None
-        return passed
 
     def _forward(
         self,

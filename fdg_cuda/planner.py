@@ -7,6 +7,7 @@ from itertools import pairwise
 
 from fdg_cuda.backward_weights import BackwardWeights
 from fdg_cuda.batches import Batch
+from fdg_cuda.company import CopyError, slowdown_in_company
 from fdg_cuda.costs import LayerCost
 from fdg_cuda.cpu_threads import share_of_cores
 from fdg_cuda.cutting import Cut, best_cut
@@ -43,7 +44,7 @@ class Planner:
     """Measures what it needs, once.
 
     Attributes:
-        note: where layers could not be measured where they should have been; else empty.
+        note: what could not be measured as it should have been; else empty.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Planner:
         self._places = places
         self._precision = precision
         self.note = ""
+        self._slowdowns: dict[int, float] = {}
 
     def row(self, stages: int, modes: Sequence[BackwardWeights]) -> Row:
         """The best choice for so many stages."""
@@ -214,10 +216,31 @@ class Planner:
             return list(self._places.hardware.devices[:stages])
         if self._places.share_cores:
             # More stages than cores take turns on them.
-            speed = min(1.0, share_of_cores(None, 1) / stages)
+            at_once = min(stages, share_of_cores(None, 1))
+            speed = at_once / stages / self._slowdown(at_once)
             return [DeviceSpec("cpu", speed=speed)] * stages
         machine = self._machine(stages)
         return machine.device_specs(self._chain.layers, self._batch, self._loss)
+
+    def _slowdown(self, stages: int) -> float:
+        """Of so many stages on cores of their own, since the others are at work too."""
+        if stages not in self._slowdowns:
+            try:
+                self._slowdowns[stages] = slowdown_in_company(
+                    self._chain.layers,
+                    self._batch,
+                    self._loss,
+                    stages=stages,
+                    threads=share_of_cores(None, stages),
+                    precision=self._precision,
+                )
+            except CopyError as error:
+                self._slowdowns[stages] = 1.0
+                self.note = (
+                    "How much stages slow each other down is not in the figures: it is measured with "
+                    f"copies of the model, and it cannot be copied ({error})."
+                )
+        return self._slowdowns[stages]
 
     def _links(self, stages: int) -> list[Link]:
         if self._places.hardware is not None:

@@ -77,7 +77,7 @@ class Plan:
         batch_size: samples per batch.
         layers: how many the model was measured as.
         fastest_speed: of the fastest device, in times the first one's.
-        note: where layers could not be measured where they should have been; else empty.
+        note: what could not be measured as it should have been; else empty.
     """
 
     rows: tuple[Row, ...]

@@ -17,7 +17,7 @@ from chains import CLASSES, FEATURES, Batch, batches, convolutional, even_split,
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fdg_cuda import FDGRunner, costs
+from fdg_cuda import FDGRunner, costs, whole_pass
 from fdg_cuda.at_work import measured_at_work
 from fdg_cuda.backward_weights import BackwardWeights
 from fdg_cuda.capture import capture
@@ -275,6 +275,7 @@ def test_what_it_costs_to_measure_is_no_layers(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(costs, "LIMIT_SECONDS", 1e9)
     clock = Ticking()
     monkeypatch.setattr(costs, "time", clock)
+    monkeypatch.setattr(whole_pass, "time", clock)
     seconds = [0.0, 2.0, 9.0] * 8
     layers = [nn.Flatten(), *(Working(clock, each) for each in seconds)]
     _, *measured = measure(layers, BATCH, CROSS_ENTROPY, threads=1)
