@@ -147,7 +147,8 @@ def cross_entropy(output: Tensor, target: Tensor) -> Tensor:
 
     Raises:
         TypeError: output or target is not one tensor.
-        ValueError: the output has one column, of which the cross entropy is always 0.
+        ValueError: the output has one column, of which the cross entropy is always 0, or fewer than
+            there are classes (on the CPU; a CUDA device stops with an assertion of its own).
     """
     if not (isinstance(output, Tensor) and isinstance(target, Tensor)):
         raise TypeError(
@@ -160,4 +161,11 @@ def cross_entropy(output: Tensor, target: Tensor) -> Tensor:
             f"default loss) is always 0; give loss_fn=torch.nn.functional.mse_loss, "
             f"binary_cross_entropy_with_logits or what you mean"
         )
-    return F.cross_entropy(output, target)
+    try:
+        return F.cross_entropy(output, target)
+    except IndexError as error:  # a class out of bounds; not looked for before, in every batch
+        classes = output.shape[min(1, output.ndim - 1)]
+        raise ValueError(
+            f"the model's output has shape {tuple(output.shape)}, {classes} classes, and the labels go "
+            f"from {int(target.min())} to {int(target.max())}; give the model an output per class"
+        ) from error
