@@ -39,6 +39,7 @@ NAME = "compare"
 SUBJECT, YARDSTICK, BASELINE = "fdg", "bp-2", "published"  # of WAYS
 GOAL = 1.0
 LEAST_ROUNDS = 3
+LAYOUTS = {True: "channels_last", False: "contiguous"}
 
 Row = dict[str, Any]
 
@@ -129,6 +130,7 @@ def measure(
 
         pipelines = [name for name in ways if WAYS[name].hops]
         layouts = dict.fromkeys(ways, case.model.convolutional)
+        tried: dict[str, float | str] = {}
         if pipelines and case.model.convolutional:
             trials: dict[bool, list[Make]] = {
                 layout: [
@@ -137,7 +139,8 @@ def measure(
                 ]
                 for layout in (True, False)
             }
-            layouts.update(dict.fromkeys(pipelines, faster_layout(trials, limit)))
+            faster, tried = faster_layout(trials, limit)
+            layouts.update(dict.fromkeys(pipelines, faster))
         contest = Contest(
             {name: places(name, WAYS[name].processes, layouts[name]) for name in ways}, limit
         )
@@ -157,13 +160,14 @@ def measure(
         "split": split,
         "convolutional": case.model.convolutional,
         "batch_norm": case.model.batch_norm,
+        "layout_trial": tried,
         "ways": {
             name: {
                 "label": WAYS[name].label,
                 "kind": WAYS[name].kind,
                 "processes": WAYS[name].processes,
                 "parts": WAYS[name].parts,
-                "layout": "channels_last" if layouts[name] else "contiguous",
+                "layout": LAYOUTS[layouts[name]],
                 **contest.row(name),
             }
             for name in ways
@@ -171,24 +175,28 @@ def measure(
     }
 
 
-def faster_layout(trials: dict[bool, list[Make]], limit: float) -> bool:
-    """Whether channels_last is, of the layouts that work. If neither does, each of the pipelines will
-    say why.
+def faster_layout(
+    trials: dict[bool, list[Make]], limit: float
+) -> tuple[bool, dict[str, float | str]]:
+    """Whether channels_last is, of the layouts that work (if neither does, each of the pipelines will
+    say why), and of each the seconds of a step or the error.
 
     Args:
         trials: of each layout, for a player's processes.
     """
-    seconds = {}
+    seconds: dict[bool, float] = {}
+    found: dict[str, float | str] = {}
     for layout, makes in trials.items():
         player = Player(makes, limit)
         try:
             player.get_ready()
             seconds[layout] = max(float(answer.value) for answer in player.turn())
-        except PlayerError:
-            continue
+            found[LAYOUTS[layout]] = seconds[layout]
+        except PlayerError as error:
+            found[LAYOUTS[layout]] = str(error)
         finally:
             player.stop()
-    return min(seconds, key=seconds.__getitem__, default=True)
+    return min(seconds, key=seconds.__getitem__, default=True), found
 
 
 def goals(rows: list[Row]) -> list[Row]:

@@ -12,6 +12,8 @@ from torch.nn import functional as F
 
 from fdg_cuda.nested import Nested
 
+IGNORED_LABEL = -100  # torch's
+
 
 @dataclass(frozen=True)
 class BatchResult:
@@ -164,8 +166,12 @@ def cross_entropy(output: Tensor, target: Tensor) -> Tensor:
     try:
         return F.cross_entropy(output, target)
     except IndexError as error:  # a class out of bounds; not looked for before, in every batch
+        if output.ndim == 0:
+            raise
         classes = output.shape[min(1, output.ndim - 1)]
+        labels = target[target != IGNORED_LABEL]
         raise ValueError(
             f"the model's output has shape {tuple(output.shape)}, {classes} classes, and the labels go "
-            f"from {int(target.min())} to {int(target.max())}; give the model an output per class"
+            f"from {int(labels.min())} to {int(labels.max())}; they must lie between 0 and "
+            f"{classes - 1}: give the model an output per class, and number the classes from 0"
         ) from error

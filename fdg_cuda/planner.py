@@ -7,7 +7,7 @@ from itertools import pairwise
 
 from fdg_cuda.backward_weights import BackwardWeights
 from fdg_cuda.batches import Batch
-from fdg_cuda.company import CopyError, slowdown_in_company
+from fdg_cuda.company import slowdown_in_company
 from fdg_cuda.costs import LayerCost
 from fdg_cuda.cpu_threads import share_of_cores
 from fdg_cuda.cutting import Cut, best_cut
@@ -89,17 +89,8 @@ class Planner:
         return min(map(self._step_seconds, numbers)) / self._devices(1)[0].speed
 
     def _choice(self, stages: int, mode: BackwardWeights) -> Choice:
-        schedule = Schedule("fdg", stages)
         costs, devices, links = self._costs(stages), self._devices(stages), self._links(stages)
-        cut = best_cut(
-            costs,
-            devices,
-            schedule,
-            mode,
-            hops=links,
-            update_seconds_per_byte=self._update_seconds_per_byte(stages),
-            allowed=self._chain.allowed_cuts(),
-        )
+        cut = self._best_cut(stages, devices, mode)
         bounds = [0, *cut.split, len(costs)]
         parts = [costs[a:b] for a, b in pairwise(bounds)]
         times = [self._times(stages, k, parts, devices[k], links) for k in range(stages)]
@@ -118,6 +109,17 @@ class Planner:
                 for device in devices
             ),
             timeline=replay.timeline,
+        )
+
+    def _best_cut(self, stages: int, devices: Sequence[DeviceSpec], mode: BackwardWeights) -> Cut:
+        return best_cut(
+            self._costs(stages),
+            devices,
+            Schedule("fdg", stages),
+            mode,
+            hops=self._links(stages),
+            update_seconds_per_byte=self._update_seconds_per_byte(stages),
+            allowed=self._chain.allowed_cuts(),
         )
 
     def _stage_plan(
@@ -225,21 +227,15 @@ class Planner:
     def _slowdown(self, stages: int) -> float:
         """Of so many stages on cores of their own, since the others are at work too."""
         if stages not in self._slowdowns:
-            try:
-                self._slowdowns[stages] = slowdown_in_company(
-                    self._chain.layers,
-                    self._batch,
-                    self._loss,
-                    stages=stages,
-                    threads=share_of_cores(None, stages),
-                    precision=self._precision,
-                )
-            except CopyError as error:
-                self._slowdowns[stages] = 1.0
-                self.note = (
-                    "How much stages slow each other down is not in the figures: it is measured with "
-                    f"copies of the model, and it cannot be copied ({error})."
-                )
+            cut = self._best_cut(stages, [DeviceSpec("cpu")] * stages, BackwardWeights.STASH)
+            layers = self._chain.layers
+            self._slowdowns[stages] = slowdown_in_company(
+                [layers[a:b] for a, b in pairwise([0, *cut.split, len(layers)])],
+                self._batch,
+                self._loss,
+                threads=share_of_cores(None, stages),
+                precision=self._precision,
+            )
         return self._slowdowns[stages]
 
     def _links(self, stages: int) -> list[Link]:

@@ -26,9 +26,10 @@ def children() -> set[int]:
 
 
 def descriptors() -> dict[str, str]:
-    """Number and target of every open file but the one that lists them."""
+    """Number and target of every open file but the one that lists them, and that which leads to the
+    process ``children`` leaves out."""
     found = {}
-    for number in os.listdir("/proc/self/fd"):
+    for number in set(os.listdir("/proc/self/fd")) - {str(resource_tracker._resource_tracker._fd)}:
         try:
             target = os.readlink(f"/proc/self/fd/{number}")
         except FileNotFoundError:

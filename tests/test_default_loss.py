@@ -29,11 +29,23 @@ def test_more_than_one_tensor() -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "labels"), [((2, 3), [0, 9]), ((3,), 9), ((2, 3, 1), [[0], [9]])]
+    ("shape", "labels", "found"),
+    [
+        ((2, 3), [0, 9], "0 to 9"),
+        ((3,), 9, "9 to 9"),
+        ((2, 3, 1), [[0], [9]], "0 to 9"),
+        ((2, 3), [-1, 2], "-1 to 2"),
+        ((3, 3), [-100, 1, 3], "1 to 3"),
+    ],
 )
-def test_more_labels_than_classes(shape: tuple[int, ...], labels: object) -> None:
-    with pytest.raises(ValueError, match=r"3 classes, and the labels go from \d to 9"):
+def test_labels_that_are_no_classes(shape: tuple[int, ...], labels: object, found: str) -> None:
+    with pytest.raises(ValueError, match=f"3 classes, .* from {found}; .* between 0 and 2"):
         cross_entropy(torch.randn(shape), torch.tensor(labels))
+
+
+def test_no_classes_at_all() -> None:
+    with pytest.raises(IndexError, match="Dimension out of range"):
+        cross_entropy(torch.tensor(1.0), torch.tensor([0]))
 
 
 def test_it_is_said_at_the_first_batch() -> None:
