@@ -3,8 +3,8 @@
     python -m benchmarks.overhead [--rounds 12] [--batches 100] [--quick] [--out FOLDER]
 
 One model in one process on two CPU stages. In every round each case trains the same epoch and
-evaluates the same batches, in an order that changes from round to round, so that a slow moment of
-the machine meets all of them. Ratios are taken within a round.
+evaluates the same batches, in an order drawn anew for every round: a slow moment of the machine meets
+all of them, and so does what a case leaves to the one behind it. Ratios are taken within a round.
 
 Training is timed from the call of ``fit`` to its return, files, fill and drain included. A checkpoint
 behind every epoch is the command line's default; for those on the way (``every=``) the pipeline is
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import random
 import tempfile
 import time
 from collections.abc import Callable
@@ -138,11 +139,11 @@ class Overhead:
         return self._runner.split
 
     def round(self, number: int) -> dict[str, float]:
-        """Seconds of each case, begun with another one in every round."""
+        """Seconds of each case, in the order of that round."""
         names = list(self.cases)
-        first = number % len(names)
+        random.Random(number).shuffle(names)
         seconds = {}
-        for name in names[first:] + names[:first]:
+        for name in names:
             begin = time.perf_counter()
             self.cases[name]()
             seconds[name] = time.perf_counter() - begin

@@ -74,6 +74,7 @@ def measure(
     precision: Precision = Precision.FLOAT32,
     synchronize: Callable[[], object] = lambda: None,
     random_devices: Sequence[int] = (),
+    patience: float = 1.0,
     stopped: Callable[[], bool] = lambda: False,
 ) -> list[LayerCost]:
     """What each layer costs on ``batch``.
@@ -93,6 +94,7 @@ def measure(
         precision: in which layers and loss compute.
         synchronize: waits until the device has done what it was given.
         random_devices: CUDA devices whose random state is to be as before.
+        patience: times as many passes, and seconds for them, as usual.
         stopped: whether to make no more passes, since nobody wants the result.
     """
     buffers = SavedBuffers(layers)
@@ -103,7 +105,7 @@ def measure(
         torch.set_num_threads(threads)
         with torch.random.fork_rng(devices=list(random_devices)), torch.enable_grad():
             counted = SavedBytes()
-            passes = _repeated(partial(chain.run, counted), chain.run_and_whole, stopped)
+            passes = _repeated(partial(chain.run, counted), chain.run_and_whole, patience, stopped)
     finally:
         torch.set_num_threads(previous_threads)
         buffers.restore()
@@ -170,6 +172,7 @@ def as_one(apart: Sequence[float], whole: float) -> list[float]:
 def _repeated(
     first: Callable[[], _Pass],
     again: Callable[[], _Pass],
+    patience: float = 1.0,
     stopped: Callable[[], bool] = lambda: False,
 ) -> list[_Pass]:
     """What passes came to: those behind the first, or the first if there is no time for more."""
@@ -177,8 +180,8 @@ def _repeated(
     passes = [first()]
     spent = time.perf_counter() - begin
     longest = 2 * spent  # those that follow run the chain twice
-    while len(passes) <= MOST_PASSES and spent + longest <= LIMIT_SECONDS:
-        if stopped() or (len(passes) > LEAST_PASSES and spent >= ENOUGH_SECONDS):
+    while len(passes) <= patience * MOST_PASSES and spent + longest <= patience * LIMIT_SECONDS:
+        if stopped() or (len(passes) > LEAST_PASSES and spent >= patience * ENOUGH_SECONDS):
             break
         passes.append(again())
         now = time.perf_counter() - begin

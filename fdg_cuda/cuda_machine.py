@@ -182,7 +182,14 @@ class CudaMachine(Machine):
         threads = torch.get_num_threads()
 
         def measured() -> list[LayerCost]:
-            return measure(layers, cpu, loss_fn, threads=threads, precision=self.precision)
+            return measure(
+                layers,
+                cpu,
+                loss_fn,
+                threads=threads,
+                precision=self.precision,
+                patience=self.patience,
+            )
 
         return remembered(layers, cpu, loss_fn, threads, measured, precision=self.precision)
 
@@ -205,6 +212,7 @@ class CudaMachine(Machine):
                 precision=self.precision,
                 synchronize=lambda: accelerator().synchronize(ordinal),
                 random_devices=[ordinal] if device.type == "cuda" else [],
+                patience=self.patience,
             )
 
         name = accelerator().name(ordinal)

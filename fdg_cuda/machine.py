@@ -61,6 +61,8 @@ class Machine(ABC):
         self.precision = precision
         # What to say if `layer_costs` had to measure on another device than the stages'.
         self.measured_elsewhere = ""
+        # With how much patience `layer_costs` measures.
+        self.patience = 1.0
 
     @abstractmethod
     def make_stages(self, parts: Sequence[Sequence[nn.Module]]) -> Sequence[Stage]:
@@ -209,6 +211,7 @@ class CpuMachine(Machine):
                     loss_fn,
                     threads=threads,
                     precision=self.precision,
+                    patience=self.patience,
                     stopped=stopped,
                 ),
             )

@@ -29,6 +29,7 @@ from fdg_cuda.update_time import update_seconds_per_byte
 STEADY_TICKS = 24  # simulated behind the fill
 WINDOW_TICKS = 12  # of them drawn
 EVERY_K = 8  # up to so many stages every K is planned; then their doubles, and the last
+PATIENCE = 2.0  # a plan is to be true; for a cut layers need only be true to each other
 AS_GOOD = 1.02  # an earlier mode is taken unless a later one is faster by more
 
 
@@ -244,7 +245,7 @@ class Planner:
         return self._machine(stages).links()
 
     def _machine(self, stages: int) -> Machine:
-        return make_machine(
+        machine = make_machine(
             self._places.here[:stages],
             Schedule("fdg", stages),
             BackwardWeights.STASH,
@@ -253,6 +254,8 @@ class Planner:
             cpu_threads=None,
             graphs="auto",
         )
+        machine.patience = PATIENCE
+        return machine
 
     def _update_seconds_per_byte(self, stages: int) -> float:
         threads = share_of_cores(None, stages if self._places.share_cores else 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -91,6 +92,14 @@ def settled_thread_count() -> int:
 
 def thread_names() -> list[str]:
     return [(task / "comm").read_text().strip() for task in TASKS.iterdir()]
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Python's own handler for Ctrl-C, whatever the test run was started under."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
 
 
 @pytest.fixture

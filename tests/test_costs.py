@@ -243,6 +243,14 @@ def test_long_passes_are_repeated_less(
     assert came_to == ([["again"]] * passes or [["first"]])
 
 
+def test_patience_is_for_passes_and_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(costs, "MOST_PASSES", 9)
+    for seconds, passes in (0.01, 18), (1.25, 10), (8.0, 2):
+        clock = Clock(seconds)
+        monkeypatch.setattr(costs, "time", clock)
+        assert len(costs._repeated(clock.first, clock.again, 2.0)) == passes  # type: ignore[arg-type]
+
+
 class Ticking:
     """A clock that each reading costs a second, as calls of the autograd engine and waits do."""
 
@@ -429,6 +437,7 @@ def test_measured_at_work() -> None:
     assert torch.equal(torch.get_rng_state(), random_state)
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_stops_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody waits for the passes that are left."""
     monkeypatch.setattr(costs, "MOST_PASSES", 10**6)

@@ -53,14 +53,6 @@ class Slow(nn.Module):
         return x
 
 
-@pytest.fixture
-def interruptible() -> Iterator[None]:
-    """Python's own handler for Ctrl-C, whatever the test run was started under."""
-    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, previous)
-
-
 @pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize(
     ("stages", "method", "how"),
