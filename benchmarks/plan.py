@@ -1,17 +1,19 @@
 """How true plans are: predicted tick times beside real ones, at K = 1 and 2.
 
-    python -m benchmarks.plan [--rounds 3] [--ticks 12] [--quick --out FOLDER]
+    python -m benchmarks.plan [--rounds 3] [--seconds 60] [--ticks 12] [--quick --out FOLDER]
 
-Five models on CPU stages. In each round a model is planned anew, from times measured just then, and
-trained with the planned cut; the real tick is that of a traced ``fit``, fill and drain left out. The
-goal: predicted within 10 % of real.
+Five models on CPU stages. A model is planned, from times measured just then, and trained with the
+planned cut; the real tick is that of a traced ``fit``, fill and drain left out. What the machine does
+between the one and the other falls into their ratio: so this is repeated for a while before it is the
+next model's turn, and in several rounds. The goal: predicted within 10 % of real.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,15 +117,16 @@ def real(case: Case, split: list[int], ticks: int) -> float:
 
 
 def measure(
-    cases: dict[str, Case], rounds: int, ticks: int, console: Console
+    cases: dict[str, Case], rounds: int, seconds: float, ticks: int, console: Console
 ) -> list[dict[str, Any]]:
     seen: dict[tuple[str, int], list[tuple[float, float]]] = {}
     cuts: dict[tuple[str, int], list[int]] = {}
     for _ in track(range(rounds), "rounds", console=console):
         for name, case in cases.items():
-            for stages, (seconds, split) in predicted(case).items():
-                cuts[name, stages] = split
-                seen.setdefault((name, stages), []).append((seconds, real(case, split, ticks)))
+            for _ in repeated(seconds):
+                for stages, (tick, split) in predicted(case).items():
+                    cuts[name, stages] = split
+                    seen.setdefault((name, stages), []).append((tick, real(case, split, ticks)))
     return [
         {
             "model": name,
@@ -138,17 +141,29 @@ def measure(
     ]
 
 
+def repeated(seconds: float) -> Iterator[None]:
+    """Once, and again until so many seconds have passed."""
+    begin = time.monotonic()
+    yield
+    while time.monotonic() - begin < seconds:
+        yield
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--ticks", type=int, default=12, help="traced per round")
+    parser.add_argument(
+        "--seconds", type=float, default=60.0, help="a model's turn in a round, at least"
+    )
+    parser.add_argument("--ticks", type=int, default=12, help="traced at a time")
     parser.add_argument("--quick", action="store_true", help="only see that it works; needs --out")
     parser.add_argument("--out", type=Path, help="folder of the result file")
     given = parser.parse_args(arguments)
     if given.quick and given.out is None:
         parser.error("--quick measures nothing worth keeping: name another folder with --out")
     console = Console()
-    rows = measure(QUICK if given.quick else CASES, given.rounds, given.ticks, console)
+    cases, seconds = (QUICK, 0.0) if given.quick else (CASES, given.seconds)
+    rows = measure(cases, given.rounds, seconds, given.ticks, console)
     table = Table("model", "K", "predicted, ms", "real, ms", "predicted / real")
     for row in rows:
         table.add_row(
@@ -159,7 +174,7 @@ def main(arguments: list[str] | None = None) -> None:
             f"{row['ratio']['median']:.3f} ({row['ratio']['q1']:.3f} to {row['ratio']['q3']:.3f})",
         )
     console.print(table)
-    settings = {"rounds": given.rounds, "ticks": given.ticks}
+    settings = {"rounds": given.rounds, "seconds": seconds, "ticks": given.ticks}
     console.print(
         f"written to {write('plan', {'settings': settings, 'rows': rows}, given.out or RESULTS)}"
     )
