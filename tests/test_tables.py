@@ -43,8 +43,13 @@ def change(copy: Path, name: str, edit: Callable[[dict[str, Any]], None]) -> Non
     file.write_text(json.dumps(results))
 
 
+def with_a_goal(results: dict[str, Any]) -> dict[str, Any]:
+    (ratio,) = (ratio for ratio in results["ratios"] if ratio["goal"])
+    return ratio
+
+
 def test_a_stale_table(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    change(copy, "overhead", lambda results: results["ratios"][3].update(median=3.21))
+    change(copy, "overhead", lambda results: with_a_goal(results).update(median=3.21))
     assert tables.problems() == ["docs/results.md is out of date", "README.md is out of date"]
     with pytest.raises(SystemExit) as exit_:
         tables.main(["--check"])
