@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from fdg_cuda.at_work import measured_at_work
 from fdg_cuda.batches import Batch
 from fdg_cuda.buffers import SavedBuffers
-from fdg_cuda.nested import Nested, cloned, distinct, map_distinct
+from fdg_cuda.cpu_threads import set_threads_here
+from fdg_cuda.nested import Nested, cloned, distinct, leaf_of, map_distinct
 from fdg_cuda.pipeline import LossFunction
 from fdg_cuda.precision import Precision
 
@@ -78,7 +79,7 @@ class _Stage:
         precision: Precision,
     ) -> None:
         self._layers = layers
-        self._taken = map_distinct(_leaf, x)
+        self._taken = map_distinct(leaf_of, x)
         self._loss = loss
         self._precision = precision
         # The gradients of what it gives.
@@ -86,7 +87,7 @@ class _Stage:
 
     def forward(self) -> tuple[list[Tensor], Nested]:
         """What it took, and what it gives."""
-        leaf = map_distinct(_leaf, self._taken)
+        leaf = map_distinct(leaf_of, self._taken)
         x = map_distinct(torch.clone, leaf)  # since a layer may work in place on its input
         with self._precision.autocast("cpu"):
             for layer in self._layers:
@@ -173,7 +174,7 @@ class _Crew:
     def __enter__(self) -> _Crew:
         for pool in self._pools:
             # One at a time: torch resizes a pool all threads share.
-            pool.submit(_set_threads, self._threads).result()
+            pool.submit(set_threads_here, self._threads).result()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -196,13 +197,3 @@ class _Crew:
             for pool, work in zip(self._pools, works, strict=True)
         ]
         return [each.result() for each in begun]
-
-
-def _leaf(tensor: Tensor) -> Tensor:
-    """``tensor`` without its past, with a gradient if it could have one."""
-    return tensor.detach().requires_grad_(tensor.requires_grad)
-
-
-def _set_threads(threads: int) -> None:
-    torch.get_num_threads()  # or the thread's first use of its count resets it to the default
-    torch.set_num_threads(threads)

@@ -17,7 +17,7 @@ from fdg_cuda.buffers import SavedBuffers
 from fdg_cuda.chain import check_loss, check_output
 from fdg_cuda.errors import said_where
 from fdg_cuda.flat import padded_bytes
-from fdg_cuda.nested import Nested, cloned, distinct, map_distinct, tensors
+from fdg_cuda.nested import Nested, cloned, distinct, leaf_of, map_distinct, tensors
 from fdg_cuda.pipeline import LossFunction
 from fdg_cuda.precision import Precision
 from fdg_cuda.saved_bytes import SavedBytes
@@ -242,7 +242,7 @@ class _Chain:
         taken: list[list[Tensor]] = []
         given: list[list[Tensor]] = []
         for number, each in enumerate(passed):
-            leaf = map_distinct(_leaf, x)
+            leaf = map_distinct(leaf_of, x)
             x = self._forward(number, leaf, target, each, counted)
             taken.append(distinct(leaf))
             given.append(distinct(x))
@@ -302,8 +302,3 @@ class _Chain:
 
     def _autocast(self) -> AbstractContextManager[object]:
         return self._precision.autocast(tensors(self._batch[0])[0].device.type)
-
-
-def _leaf(tensor: Tensor) -> Tensor:
-    """``tensor`` without its past, with a gradient if somebody there wants one."""
-    return tensor.detach().requires_grad_(tensor.requires_grad)

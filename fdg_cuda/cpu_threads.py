@@ -22,6 +22,12 @@ def share_of_cores(cores: int | None, stages: int) -> int:
         return max(1, (cores or torch.get_num_threads()) // stages)
 
 
+def set_threads_here(threads: int) -> None:
+    """The calling thread computes with so many intra-op threads from now on."""
+    torch.get_num_threads()  # or the thread's first use of its count resets it to the default
+    torch.set_num_threads(threads)
+
+
 def set_threads_of_streams(scheduler: Scheduler, streams: int, threads: int) -> None:
     """The threads of the first ``streams`` streams compute with ``threads`` intra-op threads from now
     on. Only while nothing runs.
@@ -29,10 +35,6 @@ def set_threads_of_streams(scheduler: Scheduler, streams: int, threads: int) -> 
     torch makes the count set last, by whatever thread, the default of threads to come. So it is
     put back at once, and other runners are kept from reading it meanwhile.
     """
-
-    def set_threads(_: int) -> None:
-        torch.get_num_threads()  # or the thread's first use of its count resets it to the default
-        torch.set_num_threads(threads)
 
     with torch_threads:
         previous = torch.get_num_threads()
@@ -46,7 +48,7 @@ def set_threads_of_streams(scheduler: Scheduler, streams: int, threads: int) -> 
                     stream=stream,
                     reads=[],
                     writes=[],
-                    work=set_threads,
+                    work=lambda _: set_threads_here(threads),
                 )
                 scheduler.submit(scheduler.add_tick([(action, 0)]), 0)
                 scheduler.synchronize()

@@ -70,6 +70,11 @@ def cloned(value: Nested) -> Nested:
     return map_tensors(lambda tensor: tensor.detach().clone(), value)
 
 
+def leaf_of(tensor: Tensor) -> Tensor:
+    """``tensor`` without its past, with a gradient if it could have one."""
+    return tensor.detach().requires_grad_(tensor.requires_grad)
+
+
 def moved(value: Nested, device: torch.device) -> Nested:
     """``value`` with its tensors on ``device``."""
     return map_tensors(lambda tensor: tensor.to(device), value)
