@@ -135,6 +135,7 @@ def measure(
             "predicted": quartiles([p for p, _ in pairs]),
             "real": quartiles([r for _, r in pairs]),
             "ratio": quartiles([p / r for p, r in pairs]),
+            "pairs": pairs,
             "goal": GOAL,
         }
         for (name, stages), pairs in seen.items()

@@ -1,6 +1,7 @@
 """How far delayed gradients point from fresh ones: the angle between them during training.
 
-    python -m benchmarks.staleness [--model resnet20] [--batches 240] [--every 10] [--quick --out FOLDER]
+    python -m benchmarks.staleness [--model resnet20] [--batches 240] [--every 10] [--jobs 2]
+                                   [--quick --out FOLDER]
 
 The same net, weights, batches and order, trained with ``fdg`` on K = 2 to 8 stages by
 :mod:`fdg_cuda.reference`, with ``stash`` and with ``current`` backward weights. When stage k updates
@@ -24,22 +25,26 @@ from __future__ import annotations
 import argparse
 import copy
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.harness import RESULTS, quartiles, write
 from benchmarks.learning_study import even_split
+from benchmarks.side_by_side import side_by_side
 from fdg_cuda import data, models, reference
+from fdg_cuda.cpu_threads import set_threads_here
 
 MODES = ("stash", "current")
 MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4
@@ -116,25 +121,16 @@ def train(
     batches: Sequence[Batch],
     mode: str,
     lr: float,
-    trained: Callable[[], object] = lambda: None,
 ) -> tuple[list[Course], list[float]]:
-    """Train ``stages`` with ``fdg`` and beta 1, in place; what each went through, and the losses.
-
-    Args:
-        trained: called with every batch.
-    """
+    """Train ``stages`` with ``fdg`` and beta 1, in place; what each went through, and the losses."""
     courses: list[Course] = []
 
     def optimizer(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         courses.append(Course())
         return RecordedSGD(parameters, courses[-1], lr)
 
-    def rate(batch: int) -> float:
-        trained()
-        return lr
-
     result = reference.train(
-        stages, batches, lr=rate, beta=1.0, backward_weights=mode, optimizer=optimizer
+        stages, batches, lr=lr, beta=1.0, backward_weights=mode, optimizer=optimizer
     )
     return courses, result.losses
 
@@ -180,14 +176,12 @@ def angles(
     courses: Sequence[Course],
     batches: Sequence[Batch],
     sampled: Sequence[int],
-    looked: Callable[[], object] = lambda: None,
 ) -> tuple[list[list[float]], list[float]]:
     """[stage][sample] and, for the whole net, [sample], in degrees. They end before the first sample
     that has none at some stage: there training has diverged.
 
     Args:
         sampled: numbers of batches.
-        looked: called with every sample.
     """
     fresh = Fresh(stages)
     by_stage: list[list[float]] = [[] for _ in stages]
@@ -201,7 +195,6 @@ def angles(
         for known, new in zip(by_stage, found, strict=True):
             known.append(new)
         of_net.append(angle(list(chain.from_iterable(delayed)), list(chain.from_iterable(now))))
-        looked()
     return by_stage, of_net
 
 
@@ -225,44 +218,47 @@ def batches_of(study: Study, spec: data.DataSpec) -> list[Batch]:
     return drawn
 
 
-def measure(study: Study, keep: Callable[[list[dict[str, Any]]], object], console: Console) -> None:
-    """One run after the other; ``keep`` gets the rows so far behind each."""
+def run(study: Study, stages: int, mode: str) -> dict[str, Any]:
+    """A row. On one thread, so that the same bits come on any number of cores."""
+    set_threads_here(1)
     spec = data.load(study.data, augment=False)
     batches = batches_of(study, spec)
     sampled = study.sampled()
+    torch.manual_seed(study.seed)
+    chain = models.build(
+        study.model, in_channels=spec.in_channels, num_classes=spec.num_classes,
+        image_size=spec.image_size // study.pooled,
+    )  # fmt: skip
+    split, parts = cut_evenly(chain, stages)
+    courses, losses = train(parts, batches, mode, study.lr)
+    by_stage, of_net = angles(parts, courses, batches, sampled)
+    seen = len(of_net)
+    diverged = sampled[seen] if seen < len(sampled) else None
+    last = losses[-study.batches // 5 :]
+    return {
+        "stages": stages,
+        "mode": mode,
+        "split": split,
+        "delays": [2 * (stages - 1 - k) for k in range(stages)],
+        "diverged": diverged,
+        "last_losses": quartiles(last) if diverged is None else None,
+        "sampled": sampled[:seen],
+        "stage_degrees": by_stage,
+        "net_degrees": of_net,
+    }
+
+
+def measure(
+    study: Study, jobs: int, keep: Callable[[list[dict[str, Any]]], object], console: Console
+) -> None:
+    """Up to ``jobs`` runs at a time; ``keep`` gets the rows so far behind each, in the study's order."""
+    # the longest first, so that none is left alone with one core at the end
+    runs = [(stages, mode) for stages in sorted(study.stages, reverse=True) for mode in MODES]
     rows: list[dict[str, Any]] = []
-    runs = [(stages, mode) for stages in study.stages for mode in MODES]
-    with Progress(console=console) as progress:
-        bar = progress.add_task("", total=len(runs) * (study.batches + len(sampled)))
-        for stages, mode in runs:
-            progress.update(bar, description=f"K = {stages}, {mode}")
-            torch.manual_seed(study.seed)
-            chain = models.build(
-                study.model, in_channels=spec.in_channels, num_classes=spec.num_classes,
-                image_size=spec.image_size // study.pooled,
-            )  # fmt: skip
-            split, parts = cut_evenly(chain, stages)
-            courses, losses = train(parts, batches, mode, study.lr, lambda: progress.advance(bar))
-            by_stage, of_net = angles(
-                parts, courses, batches, sampled, lambda: progress.advance(bar)
-            )
-            seen = len(of_net)
-            diverged = sampled[seen] if seen < len(sampled) else None
-            last = losses[-study.batches // 5 :]
-            rows.append(
-                {
-                    "stages": stages,
-                    "mode": mode,
-                    "split": split,
-                    "delays": [2 * (stages - 1 - k) for k in range(stages)],
-                    "diverged": diverged,
-                    "last_losses": quartiles(last) if diverged is None else None,
-                    "sampled": sampled[:seen],
-                    "stage_degrees": by_stage,
-                    "net_degrees": of_net,
-                }
-            )
-            keep(rows)
+    with side_by_side([partial(run, study, *named) for named in runs], jobs) as finished:
+        for _, row in track(finished, "runs", len(runs), console=console):
+            rows.append(row)
+            keep(sorted(rows, key=lambda row: (row["stages"], MODES.index(row["mode"]))))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -273,11 +269,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--every", type=int, default=Study.every, help="batches between two looks")
     parser.add_argument("--lr", type=float, default=Study.lr)
     parser.add_argument("--seed", type=int, default=Study.seed)
+    parser.add_argument("--jobs", type=int, default=2, help="runs beside each other; default: 2")
     parser.add_argument("--quick", action="store_true", help="only see that it works; needs --out")
     parser.add_argument("--out", type=Path, help="folder of the result file")
     given = parser.parse_args(arguments)
     if given.quick and given.out is None:
         parser.error("--quick measures nothing worth keeping: name another folder with --out")
+    if given.jobs < 1:
+        parser.error(f"--jobs must be at least 1; got {given.jobs}")
     study = QUICK
     if not given.quick:
         named = {name: getattr(given, name) for name in ("model", "data", "lr", "seed")}
@@ -292,7 +291,11 @@ def main(arguments: list[str] | None = None) -> None:
         kept[:] = rows
         write("staleness", {"settings": settings, "rows": rows}, given.out or RESULTS)
 
-    measure(study, keep, console)
+    try:
+        measure(study, given.jobs, keep, console)
+    except KeyboardInterrupt:
+        console.print(f"stopped; {len(kept)} runs are in {given.out or RESULTS}")
+        sys.exit(130)
     table = Table("K", "mode", "stage 0", "last stage", "whole net", "loss at the end")
     for row in kept:
         ends = (row["stage_degrees"][0], row["stage_degrees"][-1], row["net_degrees"])

@@ -151,6 +151,6 @@ def test_a_run_that_is_interrupted_keeps_what_it_has(
         return known(*arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(staleness, "train", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        staleness.main(["--quick", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match="130"):
+        staleness.main(["--quick", "--jobs", "1", "--out", str(tmp_path)])
     assert len(json.loads((tmp_path / "staleness.json").read_text())["rows"]) == 1
