@@ -27,6 +27,11 @@ def plain_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch)
     optimizer.step()
 
 
+# Steps of every new fit that are not timed: fill and drain, and what the allocator gave back at the
+# last one's end it has to ask the system for again.
+SETTLING = 8
+
+
 class SteadyRunner:
     """Times a runner with every stage at work, from one batch's loss to the next.
 
@@ -41,19 +46,19 @@ class SteadyRunner:
         self.runner = make(self._loss)
 
     def seconds(self, warm_up: int, count: int) -> list[float]:
-        """Of ``count`` steps, after ``warm_up`` in the steady state."""
+        """Of ``count`` steps, after ``warm_up`` more than a new fit takes to settle."""
         self._done.clear()
         stages, latency = self.runner.schedule.stages, self.runner.schedule.latency
         self.runner.fit([self._batch] * self.batches(warm_up, count))
         # The last stage sees batch b at tick b+K-1 (fdg) or b (ddg). All stages are at work from the
         # tick in which stage 0 first has a backward until the last in which it has a forward.
         assert latency in (stages - 1, 2 * stages - 2), "fdg or ddg"
-        first = stages - 1 + warm_up
+        first = stages - 1 + SETTLING + warm_up
         return [b - a for a, b in pairwise(self._done[first : first + count + 1])]
 
     def batches(self, warm_up: int, count: int) -> int:
         """How many :meth:`seconds` trains."""
-        return self.runner.schedule.latency + warm_up + count + 1
+        return self.runner.schedule.latency + SETTLING + warm_up + count + 1
 
     def _loss(self, output: Tensor, target: Tensor) -> Tensor:
         self._done.append(time.perf_counter())

@@ -90,6 +90,14 @@ class Batches:
         self._begun: Iterator[Any] | None = None
         self._iterator: Iterator[Any] | None = None  # the loader's own, read at present
 
+    @property
+    def per_epoch(self) -> int | None:
+        """How many batches the loader says an epoch has; None if it does not."""
+        try:
+            return len(self._loader)  # type: ignore[arg-type]
+        except (TypeError, NotImplementedError):
+            return None
+
     def first(self) -> Batch:
         """The first batch of the coming epoch, which will still yield it."""
         iterator = self._begin()

@@ -27,11 +27,13 @@ class CallForm:
     """
 
     def __init__(self, model: nn.Module, sample: Nested) -> None:
+        self._names: list[str] = []  # of the forward's parameters
         try:
             signature = inspect.signature(model.forward)
         except (TypeError, ValueError):  # a forward written in C
             self.kind = "single"
             return
+        self._names = list(signature.parameters)
         parameters = list(signature.parameters.values())
         if (
             isinstance(sample, Mapping)
@@ -56,6 +58,23 @@ class CallForm:
         if self.kind == "positional" and isinstance(value, (tuple, list)):
             return tuple(value), {}
         return (value,), {}
+
+    def told(self, value: Nested) -> str:
+        """How :meth:`arguments` gives ``value``, for people; and of what was meant as several arguments
+        and is none, why."""
+        args, kwargs = self.arguments(value)
+        if self.kind == "keywords":
+            return f"as keyword arguments {', '.join(kwargs)}"
+        if self.kind == "positional":
+            return f"as {len(args)} positional arguments"
+        said = "as its one argument"
+        taken = ", ".join(self._names) or "nothing"
+        if isinstance(value, Mapping) and value:
+            keys = ", ".join(map(str, value))
+            said += f" (the dict's keys, {keys}, do not fit its parameters, {taken})"
+        elif isinstance(value, (tuple, list)) and len(value) > 1:
+            said += f" (the {len(value)} values do not fit its parameters, {taken})"
+        return said
 
 
 def _named(parameters: Sequence[inspect.Parameter], sample: Mapping[Any, Any]) -> bool:

@@ -214,14 +214,9 @@ def _warm_up(model: nn.Module, form: InputForm, sample: Nested) -> None:
             model(*args, **kwargs)
     except Exception as error:
         shapes = ", ".join(f"{tuple(t.shape)} {t.dtype}" for t in tensors(sample))
-        given = {
-            "positional": f"as {len(args)} positional arguments",
-            "keywords": f"as keyword arguments {', '.join(kwargs)}",
-            "single": "as its one argument",
-        }[form.call.kind]
         raise ModelCaptureError(
-            f"the model could not run on the sample ({shapes}), which its forward was given {given}: "
-            f"{type(error).__name__}: {error}"
+            f"the model could not run on the sample ({shapes}), which its forward was given "
+            f"{form.call.told(sample)}: {type(error).__name__}: {error}"
         ) from error
 
 

@@ -130,6 +130,9 @@ def plan(
         typer.Option(help="stash, current or replay.", show_default="the best of them"),
     ] = None,
     precision: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    capture: Annotated[
+        bool, typer.Option("--capture", help="Cut inside of layers, too, as train --capture does.")
+    ] = False,
     out: Annotated[Path | None, typer.Option(help="Folder for plan.json and plan.png.")] = None,
 ) -> None:
     """Predict how fast K stages would train a model, for K = 1, 2, ...; nothing is trained."""
@@ -142,7 +145,15 @@ def plan(
 
         given = None if devices is None else accepted({"devices": devices})["devices"]
         options = PlanOptions(
-            model, given, hardware, batch_size, image, classes, backward_weights, precision
+            model,
+            given,
+            hardware,
+            batch_size,
+            image,
+            classes,
+            backward_weights,
+            precision,
+            capture,
         )
         console = make_console()
         planned = make_plan(options, console)

@@ -21,7 +21,7 @@ from fdg_cuda.errors import (
 )
 from fdg_cuda.interrupts import Interrupts
 from fdg_cuda.metrics import EpochResult, History
-from fdg_cuda.optim import DelayedOptimizer
+from fdg_cuda.optim import DelayedOptimizer, check_scheduler_lasts
 from fdg_cuda.pipeline import Pipeline
 from fdg_cuda.shares import Shares, Spent
 from fdg_cuda.training_state import TrainingState
@@ -69,6 +69,7 @@ class Fit:
         self._history = history
         self._callbacks = callbacks
         self._before_epoch = before_epoch
+        self._lr_scheduler = lr_scheduler
         self._step_batch = lr_scheduler.step if lr_scheduler and lr_step == "batch" else None
         self._step_epoch = lr_scheduler.step if lr_scheduler and lr_step == "epoch" else None
         self._state = state
@@ -116,6 +117,7 @@ class Fit:
             ):
                 if self._saver is not None:
                     self._epoch = self._saver.go_on() or self._epoch
+                check_scheduler_lasts(self._lr_scheduler, self._scheduler_steps())
                 self._tell("on_fit_start", self._start())
                 if self._state is not None:
                     self._state.check()
@@ -131,6 +133,13 @@ class Fit:
 
     def _start(self) -> FitStart:
         return FitStart(self._epochs, self._epoch.number, self._epoch.batches)
+
+    def _scheduler_steps(self) -> int:
+        """That are still to come, as far as the loader says."""
+        epochs = self._epochs - self._epoch.number
+        if self._step_epoch is not None:
+            return epochs
+        return epochs * (self._batches.per_epoch or 0) - self._epoch.batches
 
     def _stopping(self) -> bool:
         if self._interrupts.stop_signal is not None and not self._stop:

@@ -50,7 +50,8 @@ class LayerChain(ModelChain):
         if count < stages:
             raise ValueError(
                 f"the chain has {count} layers, too few for {stages} stages; "
-                f"give at most {count} devices, or a model with more children"
+                f"give at most {count} devices, a model with more children, or capture=True to cut "
+                f"inside of them"
             )
 
     def cut_at(self, point: str) -> int:
@@ -61,7 +62,7 @@ class LayerChain(ModelChain):
         if inside and child in names:
             raise ValueError(
                 f"split_points: {point!r} lies inside of {child!r}, and an nn.Sequential is cut between "
-                f"its children only; the nearest is {child!r}"
+                f"its children only, unless capture=True; the nearest is {child!r}"
             )
         shown = ", ".join(names[:MOST_NAMED]) + (", ..." if len(names) > MOST_NAMED else "")
         raise ValueError(

@@ -26,6 +26,7 @@ class PlanOptions:
     classes: int
     backward_weights: str | None
     precision: str
+    capture: bool
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -70,5 +71,6 @@ def make_plan(options: PlanOptions, console: Console) -> Plan:
             hardware=options.hardware,
             backward_weights=options.backward_weights,
             precision=options.precision,
+            capture=options.capture,
             on_progress=status.update,
         )

@@ -42,6 +42,7 @@ def plan(
     hardware: Hardware | str | os.PathLike[str] | None = None,
     backward_weights: str | None = None,
     precision: str | torch.dtype = "float32",
+    capture: bool = False,
     on_progress: Callable[[str], object] = lambda what: None,
 ) -> Plan:
     """Predict what training ``model`` on one, two, ... stages would be like.
@@ -61,7 +62,7 @@ def plan(
         hardware: devices that need not be here, in place of ``devices``; or a file that describes them
             (see :mod:`fdg_cuda.hardware_file`). Layers are measured on CUDA device 0, else the CPU.
         backward_weights: the only mode to plan with; None: the best of all.
-        precision: as for ``FDGRunner``.
+        precision, capture: as for ``FDGRunner``.
         on_progress: told what is done next.
 
     Raises:
@@ -72,7 +73,7 @@ def plan(
     check_nested(sample, "the sample")
     places = find_places(devices, hardware)
     modes = _modes(backward_weights)
-    chain = chain_of(model)
+    chain = chain_of(model, capture=capture)
     parsed = parse_precision(precision, chain.model)
     batch, loss = _batch(sample, target, loss_fn)
     with anew(), _as_trained(chain):

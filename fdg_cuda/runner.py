@@ -73,8 +73,11 @@ class FDGRunner:
             first batch of the first ``fit``; on CUDA devices within their memory.
         split_points: in place of ``split``, names of submodules with which stages 1, 2, ... begin:
             ``["layer2.0", "layer3"]``; of an ``nn.Sequential`` names of its children.
+        capture: True: an ``nn.Sequential`` and a list are captured, too, as any other module is, and cut
+            inside their children where that balances better. ``split`` then counts pieces.
         sample: a batch's input, to capture the model on now; a few samples of it do. None: the input
-            of the first batch of the first ``fit``. An ``nn.Sequential`` or a list needs none.
+            of the first batch of the first ``fit``. An ``nn.Sequential`` or a list
+            that is not captured needs none.
         loss_fn: ``(output, target) -> scalar``, a mean over samples; default cross-entropy.
         optimizer: makes the torch optimizer of each stage from a list of its parameters (or of groups
             of them, with ``param_groups``): ``lambda params: torch.optim.AdamW(params, lr=3e-4)``.
@@ -132,6 +135,7 @@ class FDGRunner:
         method: str = "fdg",
         split: Sequence[int] | None = None,
         split_points: Sequence[str] | None = None,
+        capture: bool = False,
         sample: Nested = None,
         loss_fn: LossFunction | None = None,
         optimizer: Factory | None = None,
@@ -150,7 +154,7 @@ class FDGRunner:
         cpu_threads: int | None = None,
         graphs: str | bool = "auto",
     ) -> None:
-        chain = chain_of(model)
+        chain = chain_of(model, capture=capture)
         self._model = chain.model
         check_options(graphs, cpu_threads)
         self._precision = parse_precision(precision, self._model)

@@ -88,6 +88,11 @@ class Settings:
         takes="auto, or the layers where stages begin, such as 3,7",
         auto="auto",
     )
+    capture: bool = option(
+        False,
+        SPLIT,
+        "Cut inside of layers, too, where that balances better; --split counts pieces.",
+    )
     beta: float = option(0.5, SPLIT, "Shrinking factor of delayed gradients.")
     backward_weights: str = option(
         "stash",

@@ -27,15 +27,20 @@ logger = logging.getLogger("fdg_cuda")
 Model = nn.Module | Sequence[nn.Module]
 
 
-def chain_of(model: Model) -> ModelChain:
+def chain_of(model: Model, *, capture: bool = False) -> ModelChain:
     """``model`` as a chain: the children of an ``nn.Sequential``, the modules of a list, or what is
     captured of any other module's forward.
 
+    Args:
+        capture: of an ``nn.Sequential`` and a list, too.
+
     Raises:
-        TypeError: neither a module that can be called nor a list of modules.
+        TypeError: neither a module that can be called nor a list of modules; or ``capture`` is no bool.
         ValueError: no layers, or a hook that stages would not call.
         ModelCaptureError: a module that could not be trained here, however it is cut.
     """
+    if not isinstance(capture, bool):
+        raise TypeError(f"capture must be True or False; got {capture!r}")
     if isinstance(model, nn.ModuleList) or (
         isinstance(model, Sequence) and not isinstance(model, str)
     ):
@@ -44,13 +49,17 @@ def chain_of(model: Model) -> ModelChain:
                 raise TypeError(
                     f"layer {number} of the chain is no nn.Module but a {type(layer).__name__}"
                 )
-        return LayerChain(nn.Sequential(*model))
+        model = nn.Sequential(*model)
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"the model must be an nn.Module, or a list of modules that are called one behind the "
             f"other; got a {type(model).__name__}"
         )
-    if isinstance(model, nn.Sequential) and type(model).forward is nn.Sequential.forward:
+    if (
+        not capture
+        and isinstance(model, nn.Sequential)
+        and type(model).forward is nn.Sequential.forward
+    ):
         return LayerChain(model)
     return CapturedChain(model)
 

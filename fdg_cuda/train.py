@@ -126,6 +126,7 @@ class Training:
             devices,
             method=settings.method,
             split=settings.split,
+            capture=settings.capture,
             backward_weights=settings.backward_weights,
             precision=settings.precision,
             cpu_threads=threads if parsed[0].type == "cpu" else None,
@@ -311,7 +312,10 @@ class Training:
             "stages": f"{len(settings.devices or ())} on {','.join(map(str, settings.devices or ()))}",
         }
         if cuts:
-            lines["stages"] += f", cut at layer {', '.join(map(str, cuts))}"
+            what = "layer" if layers and not settings.capture else "piece"
+            lines["stages"] += f", cut at {what} {', '.join(map(str, cuts))}"
+            if what == "piece":
+                lines["stages"] += f" ({', '.join(self.runner.split_points or [])})"
         lines["method"] = settings.method
         if settings.method != "bp":
             lines["method"] += f", beta {settings.beta:g}, {settings.backward_weights} weights"

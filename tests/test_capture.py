@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from captured_models import DictModel, TwoTower, UNet, gpt, made
+from captured_models import UNet, gpt, made
+from captures import Root, refusal, run
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -47,24 +48,6 @@ class Inner(nn.Module):
         return self.function(self, x)
 
 
-class Root(nn.Module):
-    """The test's function is the model's own forward."""
-
-    def __init__(self, function: Any) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(self, x)
-
-
-def run(chain: GraphChain, value: Any, cuts: Any = None) -> Any:
-    for stage in chain.pieces if cuts is None else chain.stages(cuts):
-        value = stage(value)
-    return value
-
-
 def agrees(model: nn.Module, chain: GraphChain, value: Tensor) -> bool:
     """Piece by piece, in both modes, with equal random numbers."""
     same = []
@@ -78,12 +61,6 @@ def agrees(model: nn.Module, chain: GraphChain, value: Tensor) -> bool:
         same.append(torch.equal(run(chain, value), expected))
         same += [torch.equal(v, after[k]) for k, v in model.state_dict().items()]
     return all(same)
-
-
-def refusal(model: Any, sample: Any) -> str:
-    with pytest.raises(ModelCaptureError) as caught:
-        capture(model, sample)
-    return str(caught.value)
 
 
 # -- what is followed -------------------------------------------------------------------------------
@@ -397,53 +374,6 @@ def test_names_to_cut_before() -> None:
         ModelCaptureError, match=r"inside encoder.layers.1, a TransformerEncoderLayer"
     ):
         chain.stages(["encoder.layers.1.linear1"])
-
-
-# -- inputs -----------------------------------------------------------------------------------------
-
-
-def test_lengths_may_differ_where_the_model_allows_it() -> None:
-    model, _ = made("gpt")
-    chain = capture(model, torch.randint(20, (2, 9)))
-    model.eval()
-    for length in (3, 20, 32):
-        ids = torch.randint(20, (3, length))
-        assert torch.equal(run(chain, ids), model(ids))
-    with pytest.raises(
-        ModelCaptureError, match=r"goes another way .* is True instead of False.*line"
-    ):
-        run(chain, torch.randint(20, (2, 33)))
-
-
-def test_lengths_may_not_differ_where_the_code_counts_them() -> None:
-    def by_column(self: Any, x: Tensor) -> Tensor:
-        return torch.stack([self.first(x)[:, i] * i for i in range(x.shape[1])], dim=1)
-
-    class Any6(Root):
-        def forward(self, x: Tensor) -> Tensor:
-            return (
-                torch.stack([x[:, i] * (i + 1) for i in range(x.shape[1])], 1) * self.first.bias[0]
-            )
-
-    model = Any6(by_column)
-    chain = capture(model, X)
-    with pytest.raises(
-        ModelCaptureError, match=r"shape \(4, 5\), but the model was captured for \(\*, 6\)"
-    ):
-        run(chain, X[:, :5])
-
-
-def test_inputs_are_given_as_the_forward_takes_them() -> None:
-    model, pair = TwoTower(), [torch.randn(5, 6), torch.randn(5, 10)]
-    chain = capture(model, tuple(pair))
-    assert torch.equal(run(chain, pair), model(*pair))  # a loader makes lists of tuples
-    chain = capture(model, {"item": pair[1], "user": pair[0]})
-    assert torch.equal(run(chain, {"user": pair[0], "item": pair[1]}), model(*pair))
-    batch = {"x": torch.randn(3, 6), "weight": torch.rand(3)}
-    chain = capture(DictModel(), batch)
-    assert run(chain, batch).keys() == {"classes", "box", "kind"}
-    with pytest.raises(ModelCaptureError, match="not nested as the sample"):
-        run(chain, {**batch, "more": torch.rand(3)})
 
 
 # -- refusals ---------------------------------------------------------------------------------------

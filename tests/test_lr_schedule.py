@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 from fdg_cuda import FDGRunner, reference
+from fdg_cuda.metrics import EpochResult
 
 Make = Callable[[torch.optim.Optimizer], Any]
 
@@ -120,3 +122,43 @@ def test_schedulers_that_would_not_work(
     with pytest.raises(error, match=words):
         runner.fit(batches(3), lr_scheduler=make(runner))
     assert runner.history is None
+
+
+def one_cycle_of(runner: FDGRunner, total_steps: int) -> Any:
+    return torch.optim.lr_scheduler.OneCycleLR(runner.optimizer, 0.1, total_steps=total_steps)
+
+
+def test_a_cycle_too_short_for_the_fit_is_refused_before_it_begins() -> None:
+    runner, data = FDGRunner(mlp(), ["cpu"]), batches(3)
+    before = runner.state_dict()
+    words = "5 of its 5 steps left, but this fit will step it 6 times.*total_steps=6$"
+    with pytest.raises(ValueError, match=words):
+        runner.fit(data, 2, lr_scheduler=one_cycle_of(runner, 5), lr_step="batch")
+    assert all(torch.equal(value, before[key]) for key, value in runner.state_dict().items())
+    scheduler = one_cycle_of(runner, 6)
+    runner.fit(data, 1, lr_scheduler=scheduler, lr_step="batch")
+    runner.fit(data, 3, lr_scheduler=scheduler, lr_step="epoch")
+    with pytest.raises(ValueError, match=r"0 of its 6 steps left.*total_steps=9$"):
+        runner.fit(data, 1, lr_scheduler=scheduler, lr_step="batch")
+    with pytest.raises(ValueError, match="Tried to step"):  # torch's, where no length is known
+        runner.fit(iter(data), 1, lr_scheduler=scheduler, lr_step="batch")
+
+
+def test_a_cycle_is_as_long_as_what_is_left_behind_a_checkpoint(tmp_path: Path) -> None:
+    runner, data = FDGRunner(mlp(), ["cpu"]), batches(3)
+    scheduler = one_cycle_of(runner, 6)
+
+    def fit(on_epoch: Callable[[EpochResult], object]) -> None:
+        runner.fit(
+            data,
+            2,
+            lr_scheduler=scheduler,
+            lr_step="batch",
+            on_epoch=on_epoch,
+            checkpoints=tmp_path,
+        )
+
+    fit(lambda _: runner.stop())
+    assert scheduler.last_epoch == 3
+    fit(lambda _: None)
+    assert scheduler.last_epoch == 6
