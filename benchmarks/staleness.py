@@ -294,7 +294,8 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         measure(study, given.jobs, keep, console)
     except KeyboardInterrupt:
-        console.print(f"stopped; {len(kept)} runs are in {given.out or RESULTS}")
+        found = f"{len(kept)} runs are in {given.out or RESULTS}" if kept else "nothing was written"
+        console.print(f"stopped; {found}")
         sys.exit(130)
     table = Table("K", "mode", "stage 0", "last stage", "whole net", "loss at the end")
     for row in kept:

@@ -27,8 +27,8 @@ def plain_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch)
     optimizer.step()
 
 
-# Steps of every new fit that are not timed: fill and drain, and what the allocator gave back at the
-# last one's end it has to ask the system for again.
+# Steps of every new fit, behind the fill, that are slower: the memory that was given back at the end of
+# the fit before has to be asked for again.
 SETTLING = 8
 
 

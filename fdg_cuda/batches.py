@@ -92,10 +92,11 @@ class Batches:
 
     @property
     def per_epoch(self) -> int | None:
-        """How many batches the loader says an epoch has; None if it does not."""
+        """How many batches the loader says an epoch has; None if it does not. Asking may leave traces
+        in the loader (torch's counts on it)."""
         try:
             return len(self._loader)  # type: ignore[arg-type]
-        except (TypeError, NotImplementedError):
+        except Exception:  # it is the user's code, and nothing depends on it
             return None
 
     def first(self) -> Batch:

@@ -67,14 +67,16 @@ class CallForm:
             return f"as keyword arguments {', '.join(kwargs)}"
         if self.kind == "positional":
             return f"as {len(args)} positional arguments"
-        said = "as its one argument"
-        taken = ", ".join(self._names) or "nothing"
-        if isinstance(value, Mapping) and value:
-            keys = ", ".join(map(str, value))
-            said += f" (the dict's keys, {keys}, do not fit its parameters, {taken})"
-        elif isinstance(value, (tuple, list)) and len(value) > 1:
-            said += f" (the {len(value)} values do not fit its parameters, {taken})"
-        return said
+        several = len(self._names) > 1  # else one argument is what it takes
+        taken = ", ".join(self._names)
+        why = ""
+        if isinstance(value, Mapping) and several:
+            why = f" (the dict's keys, {', '.join(map(str, value))}, do not fit its parameters, {taken})"
+        elif hasattr(value, "_fields") and several:
+            why = f" (a namedtuple is one; a tuple would be spread over its parameters, {taken})"
+        elif isinstance(value, (tuple, list)) and several:
+            why = f" (the {len(value)} values do not fit its parameters, {taken})"
+        return f"as its one argument{why}"
 
 
 def _named(parameters: Sequence[inspect.Parameter], sample: Mapping[Any, Any]) -> bool:

@@ -21,7 +21,7 @@ from fdg_cuda.errors import (
 )
 from fdg_cuda.interrupts import Interrupts
 from fdg_cuda.metrics import EpochResult, History
-from fdg_cuda.optim import DelayedOptimizer, check_scheduler_lasts
+from fdg_cuda.optim import DelayedOptimizer, steps_left
 from fdg_cuda.pipeline import Pipeline
 from fdg_cuda.shares import Shares, Spent
 from fdg_cuda.training_state import TrainingState
@@ -117,8 +117,8 @@ class Fit:
             ):
                 if self._saver is not None:
                     self._epoch = self._saver.go_on() or self._epoch
-                check_scheduler_lasts(self._lr_scheduler, self._scheduler_steps())
                 self._tell("on_fit_start", self._start())
+                self._warn_of_a_short_schedule()
                 if self._state is not None:
                     self._state.check()
                 while self._epoch.number < self._epochs and not self._stopping():
@@ -134,12 +134,21 @@ class Fit:
     def _start(self) -> FitStart:
         return FitStart(self._epochs, self._epoch.number, self._epoch.batches)
 
-    def _scheduler_steps(self) -> int:
-        """That are still to come, as far as the loader says."""
-        epochs = self._epochs - self._epoch.number
-        if self._step_epoch is not None:
-            return epochs
-        return epochs * (self._batches.per_epoch or 0) - self._epoch.batches
+    def _warn_of_a_short_schedule(self) -> None:
+        """The scheduler's error may else be a matter of hours. Not an error yet: the fit may be stopped
+        before, and a loader may be wrong about its length."""
+        left = steps_left(self._lr_scheduler)
+        if left is None:
+            return
+        steps = self._epochs - self._epoch.number
+        if self._step_batch is not None:
+            steps = steps * (self._batches.per_epoch or 0) - self._epoch.batches
+        if steps > left:
+            logger.warning(
+                "lr_scheduler, a OneCycleLR, has %d steps left and raises an error behind them, but "
+                "this fit will step it %d times unless it is stopped; a new one takes total_steps=%d",
+                left, steps, steps,
+            )  # fmt: skip
 
     def _stopping(self) -> bool:
         if self._interrupts.stop_signal is not None and not self._stop:

@@ -20,12 +20,10 @@ MOST_NAMED = 8  # children in one message
 class LayerChain(ModelChain):
     """
     Raises:
-        ValueError: ``model`` has no layers, or a hook of its own.
+        ValueError: ``model`` has a hook of its own.
     """
 
     def __init__(self, model: nn.Sequential) -> None:
-        if len(model) == 0:
-            raise ValueError("the model has no layers")
         self.model: nn.Sequential = model
         self._layers = list(model)
         self._check_hooks()

@@ -329,16 +329,8 @@ def check_scheduler(scheduler: Any, optimizer: DelayedOptimizer) -> None:
         )
 
 
-def check_scheduler_lasts(scheduler: Any, steps: int) -> None:
-    """Raises:
-    ValueError: ``scheduler`` would refuse one of so many steps, now or in some hours.
-    """
-    if not isinstance(scheduler, torch.optim.lr_scheduler.OneCycleLR):
-        return  # the others go on for ever
-    left = scheduler.total_steps - scheduler.last_epoch
-    if steps > left:
-        raise ValueError(
-            f"lr_scheduler is a OneCycleLR with {left} of its {scheduler.total_steps} steps left, but "
-            f"this fit will step it {steps} times; make it with total_steps="
-            f"{scheduler.last_epoch + steps}"
-        )
+def steps_left(scheduler: Any) -> int | None:
+    """How many more steps ``scheduler`` takes before it raises; None: any number."""
+    if type(scheduler) is not torch.optim.lr_scheduler.OneCycleLR:
+        return None  # the others go on for ever
+    return int(scheduler.total_steps - scheduler.last_epoch)

@@ -61,10 +61,10 @@ class FDGRunner:
 
     Args:
         model: any ``nn.Module``, or a list of modules that are called one behind the other. An
-            ``nn.Sequential`` and a list are cut between their layers. Of any other module the forward
-            is captured, see docs/capture.md, and cut between its calls; a batch's input that is a
-            tuple or list is its positional arguments if it takes several, a dict its keyword
-            arguments if these are their names.
+            ``nn.Sequential`` and a list are cut between their layers (or see ``capture``). Of any other
+            module the forward is captured, see docs/capture.md, and cut between its calls; a batch's
+            input that is a tuple or list is its positional arguments if it takes several, a dict its
+            keyword arguments if these are their names.
         devices: one per stage; integers are CUDA ordinals, strings torch device names; repeats are
             allowed (``["cpu", "cpu"]``, ``[0, 0, 1, 1]``); all of one kind.
         method: ``"fdg"`` (Zhuang et al., TNNLS 2021), ``"ddg"`` (Huo et al., ICML 2018) or ``"bp"``.
@@ -72,7 +72,8 @@ class FDGRunner:
             model. None: where the longest stage is as short as possible, by what layers cost on the
             first batch of the first ``fit``; on CUDA devices within their memory.
         split_points: in place of ``split``, names of submodules with which stages 1, 2, ... begin:
-            ``["layer2.0", "layer3"]``; of an ``nn.Sequential`` names of its children.
+            ``["layer2.0", "layer3"]``; of an ``nn.Sequential`` that is not captured, names of
+            its children.
         capture: True: an ``nn.Sequential`` and a list are captured, too, as any other module is, and cut
             inside their children where that balances better. ``split`` then counts pieces.
         sample: a batch's input, to capture the model on now; a few samples of it do. None: the input

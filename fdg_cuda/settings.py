@@ -84,7 +84,7 @@ class Settings:
     split: tuple[int, ...] | None = option(
         None,
         SPLIT,
-        "Layers at which stages 1, 2, ... begin, such as 3,7; auto: balance measured times.",
+        "Layers (or pieces) at which stages 1, 2, ... begin, such as 3,7; auto: balance measured times.",
         takes="auto, or the layers where stages begin, such as 3,7",
         auto="auto",
     )

@@ -55,12 +55,11 @@ def chain_of(model: Model, *, capture: bool = False) -> ModelChain:
             f"the model must be an nn.Module, or a list of modules that are called one behind the "
             f"other; got a {type(model).__name__}"
         )
-    if (
-        not capture
-        and isinstance(model, nn.Sequential)
-        and type(model).forward is nn.Sequential.forward
-    ):
-        return LayerChain(model)
+    if isinstance(model, nn.Sequential) and type(model).forward is nn.Sequential.forward:
+        if len(model) == 0:
+            raise ValueError("the model has no layers")
+        if not capture:
+            return LayerChain(model)
     return CapturedChain(model)
 
 
@@ -178,10 +177,13 @@ class StagedModel:
                 "cut between its children" if n is None else f"captured as {n} pieces"
                 for n in (theirs, ours)
             )
+            remedy = "use the versions of torch and of the model's code that wrote it"
+            if None in (theirs, ours) and isinstance(self.chain.model, nn.Sequential):
+                how = "without" if theirs is None else "with"
+                remedy = f"make the runner {how} capture=True, as it was"
             raise CheckpointError(
-                f"the model was {was} and is {now} now, so that the cut means another one. Go on with "
-                f"the versions of torch and of the model's code that wrote it, or start anew in another "
-                f"folder and load the weights"
+                f"the model was {was} and is {now} now, so that the cut means another one. To go on, "
+                f"{remedy}; or start anew in another folder and load the weights"
             )
 
     def _cut_as_wanted(self) -> None:

@@ -272,6 +272,8 @@ class Training:
             CheckpointError: they were others.
         """
         ours, table = self._with_effect(), options_of(Settings)
+        # A setting that is newer than the checkpoint had its default.
+        theirs = {**{name: table[name].default for name in ours.keys() - theirs.keys()}, **theirs}
         different = [
             f"{table[name].flag if name in table else name} was {_word(theirs.get(name))} and is "
             f"{_word(ours.get(name))} now"
@@ -314,8 +316,8 @@ class Training:
         if cuts:
             what = "layer" if layers and not settings.capture else "piece"
             lines["stages"] += f", cut at {what} {', '.join(map(str, cuts))}"
-            if what == "piece":
-                lines["stages"] += f" ({', '.join(self.runner.split_points or [])})"
+            if what == "piece" and self.runner.split_points:
+                lines["stages"] += f" ({', '.join(self.runner.split_points)})"
         lines["method"] = settings.method
         if settings.method != "bp":
             lines["method"] += f", beta {settings.beta:g}, {settings.backward_weights} weights"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -14,6 +14,12 @@ from fdg_cuda.capture import capture
 from fdg_cuda.errors import ModelCaptureError
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread", "seeded")
+
+
+class Pair(NamedTuple):
+    user: Tensor
+    item: Tensor
+
 
 X = torch.linspace(-1, 1, 24).view(4, 6)
 
@@ -68,5 +74,9 @@ def test_values_that_are_no_arguments_of_the_forward_are_told() -> None:
     assert "the dict's keys, user, itme, do not fit its parameters, user, item" in message
     message = refusal(model, (user, item, item))
     assert "the 3 values do not fit its parameters, user, item" in message
-    assert "5 positional" not in message
+    assert "as 3 positional" not in message
+    message = refusal(model, Pair(user, item))
+    assert "a namedtuple is one; a tuple would be spread over its parameters, user, item" in message
+    message = refusal(DictModel(), {"x": user})  # it takes one dict, and that lacks something
+    assert "which its forward was given as its one argument: KeyError" in message
     assert "as keyword arguments item, user" in refusal(model, {"user": item, "item": item})

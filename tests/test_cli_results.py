@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from fdg_cuda import FDGRunner, data, models
 from fdg_cuda.batches import Loader
 from fdg_cuda.metrics import Evaluation
+from fdg_cuda.train import Training
 
 # -- the files of a run ---------------------------------------------------------------------------
 
@@ -240,6 +241,23 @@ def test_going_on_with_other_settings_names_them(
     assert f"had other settings: {option} was {was} and is {value} now" in errors
     assert len(errors.splitlines()) == 1
     assert "state_dict" not in errors
+
+
+def test_a_setting_newer_than_the_checkpoint_had_its_default(
+    run_cli: Cli, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, known = f"{MLP} --epochs 1 --batch-size 512 --out out", Training._with_effect
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            Training,
+            "_with_effect",
+            lambda self: {k: v for k, v in known(self).items() if k != "capture"},
+        )
+        assert run_cli(run) == 0
+    assert run_cli(f"{run} --resume") == 0
+    capfd.readouterr()
+    assert run_cli(f"{run} --resume --capture") == 2
+    assert "other settings: --capture was" in capfd.readouterr().err
 
 
 def test_an_unfinished_run_is_told_in_the_command_lines_words(

@@ -14,8 +14,8 @@ from chains import batches, cut, largest_difference, mlp
 from torch import nn
 from torch.optim import lr_scheduler
 
-from fdg_cuda import FDGRunner, reference
-from fdg_cuda.metrics import EpochResult
+from fdg_cuda import Checkpoints, FDGRunner, reference
+from fdg_cuda.metrics import BatchResult
 
 Make = Callable[[torch.optim.Optimizer], Any]
 
@@ -128,37 +128,61 @@ def one_cycle_of(runner: FDGRunner, total_steps: int) -> Any:
     return torch.optim.lr_scheduler.OneCycleLR(runner.optimizer, 0.1, total_steps=total_steps)
 
 
-def test_a_cycle_too_short_for_the_fit_is_refused_before_it_begins() -> None:
+def test_a_cycle_too_short_for_the_fit_is_told_before_it_begins(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     runner, data = FDGRunner(mlp(), ["cpu"]), batches(3)
-    before = runner.state_dict()
-    words = "5 of its 5 steps left, but this fit will step it 6 times.*total_steps=6$"
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match="Tried to step"):  # torch's
         runner.fit(data, 2, lr_scheduler=one_cycle_of(runner, 5), lr_step="batch")
-    assert all(torch.equal(value, before[key]) for key, value in runner.state_dict().items())
+    words = "has 5 steps left and raises an error behind them, but this fit will step it 6 times"
+    assert [words in record.getMessage() for record in caplog.records] == [True]
+    caplog.clear()
     scheduler = one_cycle_of(runner, 6)
     runner.fit(data, 1, lr_scheduler=scheduler, lr_step="batch")
     runner.fit(data, 3, lr_scheduler=scheduler, lr_step="epoch")
-    with pytest.raises(ValueError, match=r"0 of its 6 steps left.*total_steps=9$"):
-        runner.fit(data, 1, lr_scheduler=scheduler, lr_step="batch")
-    with pytest.raises(ValueError, match="Tried to step"):  # torch's, where no length is known
+    runner.fit([], 0, lr_scheduler=scheduler, lr_step="batch")
+    assert not caplog.records
+    with pytest.raises(ValueError, match="Tried to step"):
         runner.fit(iter(data), 1, lr_scheduler=scheduler, lr_step="batch")
+    assert not caplog.records, "no length is known"
 
 
-def test_a_cycle_is_as_long_as_what_is_left_behind_a_checkpoint(tmp_path: Path) -> None:
-    runner, data = FDGRunner(mlp(), ["cpu"]), batches(3)
-    scheduler = one_cycle_of(runner, 6)
+class Shy(list[Any]):
+    def __len__(self) -> int:
+        raise RuntimeError("not for you")
 
-    def fit(on_epoch: Callable[[EpochResult], object]) -> None:
+
+def test_a_loader_that_keeps_its_length_to_itself(caplog: pytest.LogCaptureFixture) -> None:
+    runner = FDGRunner(mlp(), ["cpu"])
+    runner.fit(Shy(batches(3)))
+    runner.fit(Shy(batches(3)), lr_scheduler=one_cycle_of(runner, 3), lr_step="batch")
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("every", [None, 2])
+def test_a_cycle_is_as_long_as_what_is_left_behind_a_checkpoint(
+    every: int | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = batches(3)
+
+    def fit(stop_at: int) -> int:
+        runner = FDGRunner(mlp(), ["cpu"])
+        scheduler = one_cycle_of(runner, 6)
+
+        def on_batch(result: BatchResult) -> None:
+            if result.batch + 1 == stop_at:
+                runner.stop()
+
         runner.fit(
             data,
             2,
             lr_scheduler=scheduler,
             lr_step="batch",
-            on_epoch=on_epoch,
-            checkpoints=tmp_path,
+            on_batch=on_batch,
+            checkpoints=Checkpoints(tmp_path, every=every, resume=True),
         )
+        return int(scheduler.last_epoch)
 
-    fit(lambda _: runner.stop())
-    assert scheduler.last_epoch == 3
-    fit(lambda _: None)
-    assert scheduler.last_epoch == 6
+    assert 0 < fit(stop_at=1 if every else 3) < 6
+    assert fit(stop_at=0) == 6
+    assert not [record for record in caplog.records if "OneCycleLR" in record.getMessage()]

@@ -11,6 +11,7 @@ from benchmarks.compare_cases import EVERY_MODEL
 from benchmarks.compare_ways import OURS, PEER
 from benchmarks.reports.goals import Goal
 from benchmarks.reports.markdown import NOT_MEASURED, load, origin, spread, table
+from benchmarks.steps import SETTLING
 
 Row = dict[str, Any]
 HEADING = "**What could be used instead** (whole training steps, two CPU cores)"
@@ -35,7 +36,9 @@ NOTES = [
     "`kept memory` is BP with the same settings, from the environment: what of the gain is due to them.",
     "",
     "`fdg` and `ddg` are timed in the steady state, from one batch's loss to the next. Fill and "
-    "drain come once per epoch: N batches take about as long as N + K - 1 such steps.",
+    "drain come once per epoch: N batches take about as long as N + K - 1 such steps. Every turn is a "
+    f"`fit` of its own, of which neither the fill is timed nor the {SETTLING} steps behind it, in which "
+    "the memory that the `fit` before gave back is asked for again.",
     "",
     "Memory is the peak resident set (`VmHWM`), summed over the way's processes; in brackets what "
     "was resident before the model was made: Python, torch and its libraries, once per process.",
