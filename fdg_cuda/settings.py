@@ -91,7 +91,7 @@ class Settings:
     capture: bool = option(
         False,
         SPLIT,
-        "Cut inside of layers, too, where that balances better; --split counts pieces.",
+        "Cut inside of layers, too, where that balances better; a split counts pieces.",
     )
     beta: float = option(0.5, SPLIT, "Shrinking factor of delayed gradients.")
     backward_weights: str = option(

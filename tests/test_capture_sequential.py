@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from chains import CLASSES, FEATURES, batches, largest_difference, same_bits
-from commands import Cli
 from torch import Tensor, nn
 
 from fdg_cuda import CheckpointError, Checkpoints, FDGRunner, plan, reference
@@ -102,16 +100,3 @@ def test_plans_count_pieces() -> None:
     captured = plan(nested(), x, ["cpu"] * 3, target=y, capture=True)
     assert captured.layers > 3
     assert captured.rows[2].choice is not None
-
-
-def test_on_the_command_line(
-    run_cli: Cli, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    devices = ",".join(["cpu"] * 5)  # for four children
-    assert run_cli(f"train --model mlp --devices {devices} --epochs 1 --capture --out out") == 0
-    assert "cut at piece" in capsys.readouterr().out
-    settings = json.loads((tmp_path / "out" / "settings.json").read_text())["settings"]
-    assert settings["capture"] is True
-    assert len(settings["split"]) == 4
-    assert run_cli("plan --model mlp --batch-size 8 --devices cpu,cpu --capture --out plan") == 0
-    assert json.loads((tmp_path / "plan" / "plan.json").read_text())["layers"] > 4

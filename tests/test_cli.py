@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -155,3 +156,16 @@ def test_a_folder_without_the_extension_says_so(tmp_path: Path) -> None:
         assert done.returncode == 1
         assert "where its extension is not built" in said
         assert "run `pip install .` there" in said
+
+
+def test_capture_cuts_inside_of_layers(
+    run_cli: Cli, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    devices = ",".join(["cpu"] * 5)  # for four children
+    assert run_cli(f"train --model mlp --devices {devices} --epochs 1 --capture --out out") == 0
+    assert "cut at piece" in capfd.readouterr().out
+    settings = json.loads((tmp_path / "out" / "settings.json").read_text())["settings"]
+    assert settings["capture"] is True
+    assert len(settings["split"]) == 4
+    assert run_cli("plan --model mlp --batch-size 8 --devices cpu,cpu --capture --out plan") == 0
+    assert json.loads((tmp_path / "plan" / "plan.json").read_text())["layers"] > 4
