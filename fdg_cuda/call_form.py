@@ -102,6 +102,18 @@ def _binds(signature: inspect.Signature, args: Sequence[Any], kwargs: Mapping[An
     return True
 
 
+def _outline(spec: Any) -> str:
+    """Arguments with stars for what is in them: ``(*, [*, *])``, or ``{'x': *}`` for keywords."""
+    positional, keywords = pytree.tree_unflatten([_Star()] * spec.num_leaves, spec)
+    both = [str(part) for part in (positional, keywords) if part]
+    return " and ".join(both) or "nothing"
+
+
+class _Star:
+    def __repr__(self) -> str:
+        return "*"
+
+
 @dataclass
 class InputForm:
     """What every batch's input must be like.
@@ -136,8 +148,8 @@ class InputForm:
         leaves, spec = pytree.tree_flatten(self.call.arguments(value))
         if spec != self.spec:
             raise ModelCaptureError(
-                f"the input is not nested as the sample the model was captured with: {spec} instead "
-                f"of {self.spec}"
+                f"the input is not nested as the sample the model was captured with: "
+                f"{_outline(spec)} instead of {_outline(self.spec)}"
             )
         for index, leaf in enumerate(leaves):
             self._check(index, leaf)

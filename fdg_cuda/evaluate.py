@@ -82,6 +82,7 @@ def evaluate_run(
         model,
         used,
         split=settings.split if len(used) == len(settings.devices or ()) else None,
+        capture=settings.capture,
         precision=settings.precision,
         cpu_threads=settings.threads if on_cpu else None,
     )

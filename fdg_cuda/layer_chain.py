@@ -48,8 +48,8 @@ class LayerChain(ModelChain):
         if count < stages:
             raise ValueError(
                 f"the chain has {count} layers, too few for {stages} stages; "
-                f"give at most {count} devices, a model with more children, or capture=True to cut "
-                f"inside of them"
+                f"give at most {count} devices, a model with more children, or "
+                f"capture=True (--capture), which cuts inside of them"
             )
 
     def cut_at(self, point: str) -> int:

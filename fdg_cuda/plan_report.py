@@ -57,7 +57,7 @@ def renderables(plan: Plan) -> Iterator[RenderableType]:
             yield f"K = {row.stages}: {row.why_not}"
     if plan.recommended is not None:
         yield stages_table(plan.recommended)
-        yield f"recommended: {call(plan.recommended)}"
+        yield f"recommended: {call(plan.recommended, capture=plan.capture)}"
         delay = 2 * (len(plan.recommended.stages) - 1)
         if len(plan.recommended.stages) > MOST_STAGES_OF_THE_PAPERS:
             yield (
@@ -102,11 +102,12 @@ def stages_table(choice: Choice) -> Any:
     return table
 
 
-def call(choice: Choice) -> str:
+def call(choice: Choice, *, capture: bool = False) -> str:
     """How a runner is made for ``choice``, devices aside."""
     split = f", split={list(choice.split)}" if choice.split else ""
+    captured = ", capture=True" if capture and choice.split else ""
     return (
-        f"FDGRunner(model, devices=[...{len(choice.stages)} of them]{split}, "
+        f"FDGRunner(model, devices=[...{len(choice.stages)} of them]{split}{captured}, "
         f"backward_weights={choice.mode!r})"
     )
 

@@ -94,6 +94,7 @@ def plan(
         layers=len(chain.layers),
         fastest_speed=places.fastest_speed,
         note=planner.note,
+        capture=capture,
     )
 
 

@@ -78,6 +78,7 @@ class Plan:
         layers: how many the model was measured as.
         fastest_speed: of the fastest device, in times the first one's.
         note: what could not be measured as it should have been; else empty.
+        capture: whether its cuts are those of ``FDGRunner(..., capture=True)``.
     """
 
     rows: tuple[Row, ...]
@@ -87,6 +88,7 @@ class Plan:
     layers: int
     fastest_speed: float = 1.0
     note: str = ""
+    capture: bool = False
 
     def __str__(self) -> str:
         """The tables, as the command line prints them."""

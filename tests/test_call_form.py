@@ -64,7 +64,11 @@ def test_inputs_are_given_as_the_forward_takes_them() -> None:
     batch = {"x": torch.randn(3, 6), "weight": torch.rand(3)}
     chain = capture(DictModel(), batch)
     assert run(chain, batch).keys() == {"classes", "box", "kind"}
-    with pytest.raises(ModelCaptureError, match="not nested as the sample"):
+    with pytest.raises(
+        ModelCaptureError,
+        match=r"captured with: \({'x': \*, 'weight': \*, 'more': \*},\) instead of "
+        r"\({'x': \*, 'weight': \*},\)$",
+    ):
         run(chain, {**batch, "more": torch.rand(3)})
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from chains import CLASSES, FEATURES, batches, largest_difference, same_bits
 from torch import Tensor, nn
 
 from fdg_cuda import CheckpointError, Checkpoints, FDGRunner, plan, reference
+from fdg_cuda.plan_report import call
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread", "no_thread_left")
 
@@ -100,3 +102,7 @@ def test_plans_count_pieces() -> None:
     captured = plan(nested(), x, ["cpu"] * 3, target=y, capture=True)
     assert captured.layers > 3
     assert captured.rows[2].choice is not None
+    assert "split=[3], capture=True, backward" in call(
+        replace(captured.rows[1].choice, split=(3,)), capture=True
+    )
+    assert captured.capture

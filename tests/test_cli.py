@@ -167,5 +167,6 @@ def test_capture_cuts_inside_of_layers(
     settings = json.loads((tmp_path / "out" / "settings.json").read_text())["settings"]
     assert settings["capture"] is True
     assert len(settings["split"]) == 4
+    assert run_cli("evaluate out") == 0
     assert run_cli("plan --model mlp --batch-size 8 --devices cpu,cpu --capture --out plan") == 0
     assert json.loads((tmp_path / "plan" / "plan.json").read_text())["layers"] > 4
