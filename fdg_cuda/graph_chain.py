@@ -74,8 +74,10 @@ class GraphChain:
 
     @cached_property
     def pieces(self) -> list[GraphStage]:
-        """The finest cut there is: each takes what the one before gives."""
-        return self.stages(self.allowed_cuts())
+        """The finest cut there is, to be run one behind the other: each takes what the one before gives,
+        and writes into it where the model's code does. A stage copies what it is given and writes into;
+        if every piece did, they would cost more than the stages they add up to."""
+        return self._cut(self.allowed_cuts(), copies=False)
 
     @property
     def names(self) -> list[str]:
@@ -105,11 +107,7 @@ class GraphChain:
                 f"{len(self)} pieces and every stage needs one; got {list(cuts)}. "
                 f"{self.what_forbids_cuts()}"
             )
-        ends = [0, *(self._begins[number] for number in numbers), len(self._calls)]
-        return [
-            self._stage(k, begin, end, len(ends) - 2)
-            for k, (begin, end) in enumerate(pairwise(ends))
-        ]
+        return self._cut(numbers, copies=True)
 
     def cut_at(self, name: str) -> int:
         """The piece with which the submodule ``name`` begins.
@@ -308,7 +306,15 @@ class GraphChain:
 
     # -- stages -----------------------------------------------------------------------------------
 
-    def _stage(self, k: int, begin: int, end: int, last: int) -> GraphStage:
+    def _cut(self, numbers: Sequence[int], *, copies: bool) -> list[GraphStage]:
+        """``copies``: of what comes in, wherever it is written into."""
+        ends = [0, *(self._begins[number] for number in numbers), len(self._calls)]
+        return [
+            self._stage(k, begin, end, len(ends) - 2, copies=copies)
+            for k, (begin, end) in enumerate(pairwise(ends))
+        ]
+
+    def _stage(self, k: int, begin: int, end: int, last: int, *, copies: bool) -> GraphStage:
         calls = self._calls[begin:end]
         takes = None if k == 0 else self._carried(begin)
         incoming = range(self._trace.inputs) if takes is None else [n for n, own in takes if own]
@@ -322,7 +328,7 @@ class GraphChain:
                 gives=None if k == last else self._carried(end),
                 inputs=(self.form, self._trace.inputs),
                 output=self._trace.output,
-                clones=[number for number in incoming if number in written],
+                clones=[n for n in incoming if n in written] if copies else [],
                 borrowed=earlier,
                 ambient=self._trace.ambient,
                 title=f"{type(self.model).__name__} stage {k} of {last + 1}: calls {begin}-{end - 1}",

@@ -310,6 +310,13 @@ def test_a_tensor_written_into_behind_a_cut_leaves_the_stage_before_alone() -> N
     assert torch.equal(hop, before)
 
 
+def test_pieces_one_behind_the_other_write_where_the_model_writes() -> None:
+    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(inplace=True), nn.Linear(6, 2))
+    linear, relu, _ = capture(model, X).pieces
+    hop = linear(X)
+    assert relu(hop) is hop
+
+
 def test_buffers_are_shared_by_stages_and_followed() -> None:
     class Model(nn.Module):
         def __init__(self) -> None:

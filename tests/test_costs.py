@@ -7,8 +7,9 @@ import itertools
 import signal
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import ClassVar
 
 import pytest
@@ -178,6 +179,17 @@ def test_a_captured_chain() -> None:
         crossing = sum(each.nbytes for each in chain.crossing(cut))
         assert measured[cut - 1].output_bytes == measured[cut].input_bytes == crossing
         assert measured[cut].error_bytes == crossing
+
+
+def test_a_captured_chain_that_works_in_place_keeps_what_its_modules_keep() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(inplace=True), nn.Linear(8, 8))
+    x, y = torch.randn(2, 8), torch.randint(0, 8, (2,))
+
+    def bytes_of(layers: Sequence[nn.Module]) -> list[LayerCost]:
+        costs = measure(layers, (x, y), CROSS_ENTROPY, threads=1)
+        return [replace(cost, forward=0.0, backward=0.0) for cost in costs]
+
+    assert bytes_of(capture(model, x).pieces) == bytes_of(model)
 
 
 class Exponential(nn.Module):
