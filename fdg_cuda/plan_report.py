@@ -58,6 +58,8 @@ def renderables(plan: Plan) -> Iterator[RenderableType]:
     if plan.recommended is not None:
         yield stages_table(plan.recommended)
         yield f"recommended: {call(plan.recommended, capture=plan.capture)}"
+        if plan.advice:
+            yield plan.advice
         delay = 2 * (len(plan.recommended.stages) - 1)
         if len(plan.recommended.stages) > MOST_STAGES_OF_THE_PAPERS:
             yield (

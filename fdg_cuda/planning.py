@@ -18,6 +18,7 @@ from fdg_cuda.backward_weights import BackwardWeights
 from fdg_cuda.batches import Batch
 from fdg_cuda.devices import Device
 from fdg_cuda.hardware_file import Hardware
+from fdg_cuda.layer_chain import LayerChain
 from fdg_cuda.layer_times import anew
 from fdg_cuda.metrics import cross_entropy
 from fdg_cuda.model_chain import ModelChain
@@ -95,6 +96,7 @@ def plan(
         fastest_speed=places.fastest_speed,
         note=planner.note,
         capture=capture,
+        between_children=isinstance(chain, LayerChain),
     )
 
 

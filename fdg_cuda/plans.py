@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from fdg_cuda.timeline import Timeline
 
+# Times the mean: beyond it a stage's time is worth a cut inside the children.
+UNEQUAL = 1.05
 # Times the number of stages: beyond it is no cache effect any more.
 MOST_SPEED_UP = 1.25
 
@@ -79,6 +81,7 @@ class Plan:
         fastest_speed: of the fastest device, in times the first one's.
         note: what could not be measured as it should have been; else empty.
         capture: whether its cuts are those of ``FDGRunner(..., capture=True)``.
+        between_children: whether its cuts lie between the children of an ``nn.Sequential`` only.
     """
 
     rows: tuple[Row, ...]
@@ -89,6 +92,7 @@ class Plan:
     fastest_speed: float = 1.0
     note: str = ""
     capture: bool = False
+    between_children: bool = False
 
     def __str__(self) -> str:
         """The tables, as the command line prints them."""
@@ -99,6 +103,21 @@ class Plan:
     def speed_up(self, seconds: float) -> float:
         """Of so many seconds per batch over BP on the first device."""
         return self.bp_seconds / seconds
+
+    @property
+    def advice(self) -> str:
+        """What may be faster, if stages take unlike times and can be cut elsewhere; else empty."""
+        choice = self.recommended
+        if choice is None or len(choice.stages) == 1 or not self.between_children:
+            return ""
+        seconds = [stage.seconds for stage in choice.stages]
+        longest = max(seconds) * len(seconds) / sum(seconds)
+        if longest < UNEQUAL:
+            return ""
+        return (
+            f"The longest stage takes {longest:.2f} times the mean of the {len(seconds)}: capture=True "
+            f"(--capture) plans with cuts inside the children too."
+        )
 
     @property
     def doubt(self) -> str:

@@ -106,3 +106,4 @@ def test_plans_count_pieces() -> None:
         replace(captured.rows[1].choice, split=(3,)), capture=True
     )
     assert captured.capture
+    assert not captured.between_children

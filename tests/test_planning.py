@@ -121,6 +121,15 @@ class TestOfGivenCosts:
         assert choice is not None
         assert choice.split == (5,)
 
+    def test_unequal_stages_are_pointed_out_where_cuts_inside_the_children_are_left(self) -> None:
+        equal, unequal = plan_for(*devices(4)), plan_for(*devices(3))
+        assert unequal.recommended is not None
+        assert [len(unequal.recommended.stages), equal.advice] == [3, ""]
+        # 3, 3 and 2 of the layers.
+        assert "takes 1.13 times the mean of the 3" in unequal.advice
+        assert unequal.advice in str(unequal)
+        assert replace(unequal, between_children=False).advice == ""
+
     def test_one_mode_only(self) -> None:
         planned = plan_for(*devices(2), mode="replay")
         assert planned.rows[1].choice is not None
