@@ -4,11 +4,12 @@
                                  [--resume] [--quick] [--out FOLDER]
 
 BP with one thread and with two, DDP, the pipelines of torch and torchgpipe, FDG the way its authors'
-program runs it, and this runner. Every pipeline gets the same cut, the one the runner measures. Each way
-lives in a process of its own (or two), warm, and they take turns, in another order in each round; ratios
-are taken within a round. A step is forward, backward and update, with the data in memory.
-A way that fails or hangs is listed with its error; the others go on. After each case (a model and a
-batch size) the results are written; ``--resume`` goes on behind the last one.
+program runs it, and this runner. Every pipeline gets the same cut, between children, the one that the
+runner measures; but where a cut inside them is measured to be faster (``capture=True``), the runner's
+own stages are cut there. Each way lives in a process of its own (or two), warm, and they take turns, in
+another order in each round; ratios are taken within a round. A step is forward, backward and update,
+with the data in memory. A way that fails or hangs is listed with its error; the others go on. After
+each case (a model and a batch size) the results are written; ``--resume`` goes on behind the last one.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import json
 import random
 import tempfile
 import time
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from rich.progress import track
 from rich.table import Table
 
 from benchmarks.compare_cases import MODELS, TINY, Case
+from benchmarks.compare_cuts import measured_cuts, said
 from benchmarks.compare_processes import PROCESSES, layout_trial
 from benchmarks.compare_trainers import Place
 from benchmarks.compare_ways import WAYS, play, turn_of
@@ -121,12 +124,12 @@ def measure(
 ) -> Row:
     """Everything about one case. So many rounds at most, and no further one behind so many seconds, once
     there are three."""
-    split = case.measured_split()
+    cuts = measured_cuts(case)
     with tempfile.TemporaryDirectory() as folder:
 
         def places(name: str, processes: int, channels_last: bool) -> list[Place]:
             meeting = str(Path(folder) / name)
-            return [Place(case, split, rank, meeting, channels_last) for rank in range(processes)]
+            return [Place(case, cuts, rank, meeting, channels_last) for rank in range(processes)]
 
         pipelines = [name for name in ways if WAYS[name].hops]
         layouts = dict.fromkeys(ways, case.model.convolutional)
@@ -157,7 +160,7 @@ def measure(
     return {
         "model": case.name,
         "batch_size": case.batch_size,
-        "split": split,
+        "cuts": asdict(cuts),
         "convolutional": case.model.convolutional,
         "batch_norm": case.model.batch_norm,
         "layout_trial": tried,
@@ -285,7 +288,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def show(console: Console, row: Row) -> None:
-    table = Table(title=f"{row['model']}, batch {row['batch_size']}, cut at {row['split']}")
+    table = Table(title=f"{row['model']}, batch {row['batch_size']}, cut at {said(row['cuts'])}")
     for heading in ("way", "milliseconds per step", "fdg / it", "peak MB", "idle, of a core"):
         table.add_column(heading)
     for way in row["ways"].values():

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.steps import Batch
-from fdg_cuda import FDGRunner, models
-from fdg_cuda.layer_times import anew
+from fdg_cuda import models
 
 STAGES = 2
 CLASSES = 10
@@ -97,14 +96,3 @@ class Case:
         if channels_last and self.model.convolutional:
             x = x.contiguous(memory_format=torch.channels_last)
         return x, y
-
-    def measured_split(self) -> list[int]:
-        """Where the runner cuts it, by what its layers take here and now."""
-        # lr: random samples teach nothing
-        runner = FDGRunner(
-            self.chain(channels_last=True), ["cpu"] * STAGES, cpu_threads=STAGES, lr=0.0
-        )
-        with anew():
-            runner.fit([self.batch(channels_last=True)])
-        assert runner.split is not None
-        return runner.split

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.compare_cases import STAGES, Case
+from benchmarks.compare_cuts import Cuts
 from benchmarks.steps import HYPER, LossFunction, SteadyRunner, plain_step
 from benchmarks.threads_per_batch import ThreadsPerBatch
 from fdg_cuda import FDGRunner
@@ -35,21 +36,21 @@ class Place:
 
     Attributes:
         case: what it trains.
-        split: the children with which the second stage, ... begins, for those that have stages.
+        cuts: for those that have stages.
         rank: of this process among the way's.
         meeting: a file that does not exist yet, in which the way's processes find each other.
         channels_last: whether stages in different processes compute convolutions so. All others do.
     """
 
     case: Case
-    split: list[int]
+    cuts: Cuts
     rank: int
     meeting: str
     channels_last: bool = True
 
     def stages(self, chain: nn.Sequential) -> list[nn.Module]:
         """The chain, cut; parameters keep their names, as the slices keep the children's."""
-        return [chain[a:b] for a, b in pairwise([0, *self.split, len(chain)])]
+        return [chain[a:b] for a, b in pairwise([0, *self.cuts.split, len(chain)])]
 
 
 class Stepwise:
@@ -94,7 +95,8 @@ class Running:
                 place.case.chain(channels_last=True),
                 ["cpu"] * STAGES,
                 method=method,
-                split=place.split,
+                split=place.cuts.inside or place.cuts.split,
+                capture=bool(place.cuts.inside),
                 cpu_threads=STAGES,
                 loss_fn=loss_fn,
                 **HYPER,
@@ -133,7 +135,7 @@ def torchgpipe(place: Place, *, chunks: int) -> Trainer:
     gpipe = import_module("torchgpipe").GPipe  # of the extra "bench"; without it this way fails
     torch.set_num_threads(1)
     chain = place.case.chain(channels_last=True)
-    balance = [b - a for a, b in pairwise([0, *place.split, len(chain)])]
+    balance = [b - a for a, b in pairwise([0, *place.cuts.split, len(chain)])]
     model = gpipe(chain, balance, devices=["cpu"] * STAGES, chunks=chunks, checkpoint="never")
     batch = place.case.batch(channels_last=True)
     return Stepwise(partial(plain_step, model, sgd(model), batch), chain)

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from way_states import CASE, SPLIT, place, trained, training
 
-from benchmarks import compare
+from benchmarks import compare, compare_cuts
 from benchmarks.compare_cases import STAGES, Case
+from benchmarks.compare_cuts import BETWEEN, INSIDE, Cuts
 from benchmarks.compare_trainers import Running
 from benchmarks.compare_ways import OURS, PLAIN, PUBLISHED, WAYS, turn_of
 from benchmarks.reports import compare as report
@@ -70,6 +71,24 @@ def test_delayed_ways_train_as_the_reference(tmp_path: Path, one_torch_thread: N
         result = reference.train(parts, [batch] * trained, method=method, **HYPER)
         assert result.losses[-1] < result.losses[0]
         assert_close(trainer.state(), chain.state_dict())
+
+
+def test_the_runner_is_cut_inside_children_where_that_is_so_much_faster(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, one_torch_thread: None
+) -> None:
+    def cuts_if_worth(times: float) -> Cuts:
+        monkeypatch.setattr(compare_cuts, "WORTH_CAPTURING", times)
+        return compare_cuts.measured_cuts(CASE)
+
+    between, inside = cuts_if_worth(1e9), cuts_if_worth(0.0)
+    assert between.inside == between.points == []
+    assert set(between.predicted) == {BETWEEN, INSIDE}
+    assert len(between.split) == len(inside.inside) == len(inside.points) == STAGES - 1
+    trainer = Running(replace(place(tmp_path), cuts=inside), method="fdg")
+    assert trainer.seconds_per_step(0, 1) > 0
+    assert trainer.steady.runner.split == inside.inside
+    assert trainer.steady.runner.split_points == inside.points
+    assert trainer.state().keys() == CASE.chain(channels_last=True).state_dict().keys()
 
 
 @pytest.mark.parametrize("name", ["bp-2", "torchgpipe-4"])

@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from benchmarks.compare_cases import TINY, Case
+from benchmarks.compare_cuts import Cuts
 from benchmarks.compare_processes import layout_trial
 from benchmarks.compare_trainers import Place
 from benchmarks.compare_ways import WAYS
@@ -18,7 +19,7 @@ States = dict[str, dict[str, Tensor]]
 
 
 def place(folder: Path, rank: int = 0) -> Place:
-    return Place(CASE, SPLIT, rank, str(folder / "meeting"))
+    return Place(CASE, Cuts(SPLIT), rank, str(folder / "meeting"))
 
 
 def trained(names: list[str], where: Place) -> States:

@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.compare_cases import EVERY_MODEL
+from benchmarks.compare_cuts import WORTH_CAPTURING, said
 from benchmarks.compare_ways import OURS, PEER
 from benchmarks.reports.goals import Goal
 from benchmarks.reports.markdown import NOT_MEASURED, load, origin, spread, table
@@ -20,10 +21,12 @@ MILLI = 1e3
 NOTES = [
     "A step is forward, backward and update of the whole batch (SGD with momentum and weight "
     "decay), the data in memory. Every way runs in a process of its own, or two, with one "
-    "intra-op thread each (BP with two threads: two). All pipelines are cut at the same place, "
-    "which the runner found. Convolutional nets are in channels_last. But gloo sends contiguous "
-    "tensors only, so 1F1B and GPipe have to convert what they send; where a trial finds the whole "
-    "net in contiguous layout faster, they run in this (marked).",
+    "intra-op thread each (BP with two threads: two). All pipelines are cut between the same two "
+    "children (residual blocks), where the runner cuts. Where it predicts, before anything is timed, "
+    f"that a cut inside a child is faster by {WORTH_CAPTURING - 1:.0%} or more, its own stages are cut "
+    "there: `FDGRunner(..., capture=True)` (the tables of the models say where). Convolutional nets are "
+    "in channels_last. But gloo sends contiguous tensors only, so 1F1B and GPipe have to convert what "
+    "they send; where a trial finds the whole net in contiguous layout faster, they run so (marked).",
     "",
     "1F1B, GPipe and torchgpipe divide the batch into micro-batches and DDP into halves, and "
     "batch norm then takes its statistics from the part: nets with batch norm do not compute what "
@@ -209,7 +212,7 @@ def details(model: str, cases: list[Row]) -> list[str]:
     mine = [case for case in cases if case["model"] == model]
     headings = [model]
     for case in mine:
-        size = f"batch {case['batch_size']}, cut at {', '.join(map(str, case['split']))}"
+        size = f"batch {case['batch_size']}, cut at {said(case['cuts'])}"
         headings += [f"{size}: ms per step", "`fdg` / it", "peak MB"]
     rows = []
     for name, label in labels(mine).items():
