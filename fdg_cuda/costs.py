@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,7 @@ MOST_PASSES, LEAST_PASSES = 9, 3
 # No more passes than the least behind so many seconds, and none that would end beyond the limit, not
 # even one behind the first: what warms up is little of a pass that long.
 ENOUGH_SECONDS, LIMIT_SECONDS = 6.0, 12.0
+EMPTY_LAYERS = 20
 
 
 @dataclass(frozen=True)
@@ -84,8 +86,9 @@ def measure(
     into the same pass, add up to less than any pass took; medians add up to the median pass.
 
     Measured one by one, each layer has an autograd graph of its own and clock readings around it, on
-    CUDA devices waits too: some 0.1 ms that stages do not have, and more than a small layer takes. So
-    every repeated pass also runs the chain as one piece, and layers' times are made to add up to its.
+    CUDA devices waits too: some 0.1 ms that stages do not have, and more than a small layer takes. It is
+    known from layers that do nothing. And what a layer takes and gives is less likely to be in a cache.
+    So every repeated pass also runs the chain as one piece, and layers' times are made to add up to its.
 
     Leaves no trace: buffers, gradients, the global random state and the thread count are as before.
 
@@ -104,6 +107,8 @@ def measure(
     try:
         torch.set_num_threads(threads)
         with torch.random.fork_rng(devices=list(random_devices)), torch.enable_grad():
+            device = tensors(batch[0])[0].device
+            overhead = _overhead(device, precision, synchronize)
             counted = SavedBytes()
             passes = _repeated(partial(chain.run, counted), chain.run_and_whole, patience, stopped)
     finally:
@@ -111,8 +116,8 @@ def measure(
         buffers.restore()
         for parameter, gradient in gradients:
             parameter.grad = gradient
-    forwards = _seconds(passes, "forward")
-    backwards = _seconds(passes, "backward")
+    forwards = _seconds(passes, "forward", overhead)
+    backwards = _seconds(passes, "backward", overhead)
     layers_passed = passes[0].layers
     parameters = _where_first([list(layer.parameters()) for layer in layers])
     buffers_of = _where_first([list(layer.buffers()) for layer in layers])
@@ -145,7 +150,26 @@ def _where_first(tensors_of: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
     return first
 
 
-def _seconds(passes: Sequence[_Pass], direction: str) -> list[float]:
+def _overhead(
+    device: torch.device, precision: Precision, synchronize: Callable[[], object]
+) -> _Passed:
+    """What layers that do nothing take one by one."""
+    layers = [nn.Linear(1, 1), *(nn.Identity() for _ in range(2 * EMPTY_LAYERS)), nn.Linear(1, 1)]
+    chain = _Chain(
+        [layer.to(device) for layer in layers],
+        (torch.ones(1, 1, device=device), None),
+        lambda output, _: output.sum(),
+        precision,
+        synchronize,
+    )
+    empty = chain.run().layers[EMPTY_LAYERS:-1]  # behind as many that warm up
+    return _Passed(
+        statistics.median(layer.forward for layer in empty),
+        statistics.median(layer.backward for layer in empty),
+    )
+
+
+def _seconds(passes: Sequence[_Pass], direction: str, overhead: _Passed) -> list[float]:
     """Of each layer's forward, or backward."""
     apart = [[getattr(layer, direction) for layer in each.layers] for each in passes]
     medians = [statistics.median(layer) for layer in zip(*apart, strict=True)]
@@ -155,16 +179,20 @@ def _seconds(passes: Sequence[_Pass], direction: str) -> list[float]:
         for each, seconds in zip(passes, apart, strict=True)
         if each.whole is not None and sum(seconds) > 0
     ]
-    return as_one(medians, sum(medians) * statistics.median(ratios)) if ratios else medians
+    if not ratios:
+        return medians
+    whole = sum(medians) * statistics.median(ratios)
+    return as_one(medians, whole, getattr(overhead, direction))
 
 
-def as_one(apart: Sequence[float], whole: float) -> list[float]:
+def as_one(apart: Sequence[float], whole: float, overhead: float) -> list[float]:
     """What layers that took so many seconds one by one take in a chain that takes ``whole``.
 
-    The excess is the same for each that took any time at all; the rest is in proportion.
+    Each that took any time at all has the ``overhead`` less, if they take so much less together. The
+    rest is in proportion.
     """
     excess = max(0.0, sum(apart) - whole) / max(1, sum(seconds > 0 for seconds in apart))
-    left = [max(0.0, seconds - excess) for seconds in apart]
+    left = [max(0.0, seconds - min(excess, overhead)) for seconds in apart]
     total = sum(left)
     return [seconds * whole / total for seconds in left] if total > 0 else left
 
@@ -209,6 +237,28 @@ class _Pass:
     whole: WholePass | None = None
 
 
+class _Taken(torch.autograd.Function):
+    """A copy of what a layer takes, since it may work in place on it. The gradient goes into ``caught``.
+
+    Autograd would copy the gradient of a tensor that layers hand through, such as the skip of a residual
+    block, once for each of them, which no stage does.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, caught: list[Tensor]) -> Tensor:
+        ctx.caught = caught
+        return tensor.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        ctx.caught.append(gradient)
+        return None, None
+
+
+def _take(caught: Iterator[list[Tensor]], tensor: Tensor) -> Any:
+    return _Taken.apply(leaf_of(tensor), next(caught))  # type: ignore[no-untyped-call]
+
+
 class _Chain:
     """``layers`` one by one, each with an autograd graph of its own, and all in one."""
 
@@ -239,29 +289,34 @@ class _Chain:
         passed = [_Passed() for _ in self._layers]
         x = map_distinct(torch.detach, self._batch[0])
         target = cloned(self._batch[1])  # a loss may change it
-        taken: list[list[Tensor]] = []
+        caught: list[list[list[Tensor]]] = []
         given: list[list[Tensor]] = []
         for number, each in enumerate(passed):
-            leaf = map_distinct(leaf_of, x)
-            x = self._forward(number, leaf, target, each, counted)
-            taken.append(distinct(leaf))
+            inputs = distinct(x)
+            caught.append([[] for _ in inputs])
+            boxes = iter(caught[-1])
+            taken = map_distinct(partial(_take, boxes), x)
+            x = self._forward(number, taken, target, each, counted)
             given.append(distinct(x))
-            each.input_bytes = sum(tensor.nbytes for tensor in taken[-1])
+            each.input_bytes = sum(tensor.nbytes for tensor in inputs)
             each.output_bytes = sum(tensor.nbytes for tensor in given[-1])
             each.packed_bytes = each.output_bytes if len(given[-1]) > 1 else 0
+        del x, taken, inputs
+        # All is let go of behind its backward, as in stages: memory that was in use just now is the
+        # fastest to use again.
         errors: list[Tensor | None] = [None]  # autograd's 1, for the loss
         for number in reversed(range(len(passed))):
             last = number == len(passed) - 1
             roots = [
                 (output, error)
-                for output, error in zip(given[number], errors, strict=True)
+                for output, error in zip(given.pop(), errors, strict=True)
                 if output.requires_grad and (error is not None or last)
             ]
             if roots:
                 begin = self._now()
                 torch.autograd.backward([root for root, _ in roots], [error for _, error in roots])
                 passed[number].backward = self._now() - begin
-            errors = [leaf.grad for leaf in taken[number]]
+            errors = [box[0] if box else None for box in caught.pop()]
             if number > 0:
                 passed[number].error_bytes = sum(e.nbytes for e in errors if e is not None)
             for parameter in self._layers[number].parameters():
@@ -271,14 +326,12 @@ class _Chain:
     def _forward(
         self,
         number: int,
-        leaf: Nested,
+        value: Nested,
         target: Nested,
         passed: _Passed,
         counted: SavedBytes | None,
     ) -> Nested:
         layer = self._layers[number]
-        # A copy, since a layer may work in place on its input.
-        value = map_distinct(torch.clone, leaf)
         last = number == len(self._layers) - 1
         with nullcontext() if counted is None else counted.begin(layer, value):
             begin = self._now()

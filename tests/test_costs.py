@@ -305,11 +305,45 @@ def test_what_it_costs_to_measure_is_no_layers(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_layers_add_up_to_the_chain_whatever_the_excess() -> None:
-    assert costs.as_one([1.0, 1.0, 4.0], 3.0) == [0.0, 0.0, 3.0]
-    assert costs.as_one([1.0, 0.0, 4.0], 3.0) == [0.0, 0.0, 3.0]
-    assert costs.as_one([2.0, 0.0, 4.0], 4.0) == [1.0, 0.0, 3.0]
-    assert costs.as_one([1.0, 2.0], 6.0) == [2.0, 4.0]
-    assert costs.as_one([0.0, 0.0], 1.0) == [0.0, 0.0]
+    assert costs.as_one([1.0, 1.0, 4.0], 3.0, overhead=1.0) == [0.0, 0.0, 3.0]
+    assert costs.as_one([1.0, 0.0, 4.0], 3.0, overhead=9.0) == [0.0, 0.0, 3.0]
+    assert costs.as_one([2.0, 0.0, 4.0], 4.0, overhead=1.0) == [1.0, 0.0, 3.0]
+    assert costs.as_one([2.0, 0.0, 5.0], 2.5, overhead=1.0) == [0.5, 0.0, 2.0]
+    assert costs.as_one([1.0, 2.0], 6.0, overhead=1.0) == [2.0, 4.0]
+    assert costs.as_one([0.0, 0.0], 1.0, overhead=1.0) == [0.0, 0.0]
+
+
+def test_the_gradient_of_what_layers_hand_through_is_handed_through() -> None:
+    class Beside(nn.Module):
+        """One layer of a residual block: the skip passes by."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(FEATURES, FEATURES)
+            self.places: list[int] = []
+
+        def forward(self, pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+            x, skip = pair
+            skip.register_hook(lambda gradient: self.places.append(gradient.data_ptr()))
+            return self.linear(x), skip
+
+    class Fork(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(FEATURES, FEATURES)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.linear(x), self.linear(x)
+
+    class Join(nn.Module):
+        def forward(self, pair: tuple[Tensor, Tensor]) -> Tensor:
+            return pair[0] + pair[1].exp()
+
+    beside = [Beside(), Beside(), Beside()]
+    x, y = torch.randn(2, FEATURES), torch.zeros(2, dtype=torch.long)
+    measure([Fork(), *beside, Join()], (x, y), CROSS_ENTROPY, threads=1)
+    for each in zip(*(layer.places for layer in beside), strict=True):
+        assert len(set(each)) == 1
 
 
 # -- what a stage holds ----------------------------------------------------------------------------
