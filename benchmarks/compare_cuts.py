@@ -4,18 +4,21 @@ this runner's own stages."""
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from benchmarks.alone import machine
 from benchmarks.compare_cases import STAGES, Case
+from fdg_cuda.cutting import best_cut
 from fdg_cuda.layer_times import anew
 from fdg_cuda.metrics import cross_entropy
 from fdg_cuda.precision import Precision
 from fdg_cuda.staged_model import chain_of, lay_out
 
 BETWEEN, INSIDE = "between children", "inside children"
-# How many times as fast a step must be by what was measured, which varies by some percent.
-WORTH_CAPTURING = 1.05
+# How many times as fast a step must be by what was measured.
+WORTH_CAPTURING = 1.03
+PATIENCE = 2.0  # of the measuring, in times the usual
 
 
 @dataclass(frozen=True)
@@ -37,26 +40,36 @@ class Cuts:
 
 
 def measured_cuts(case: Case) -> Cuts:
-    """Where the runner cuts it, by what its layers, and those of the captured chain, take here and now.
+    """Where the runner cuts it, by what the pieces of the captured chain take here and now.
 
     Raises:
-        ModelCaptureError: the chain cannot be captured.
+        ModelCaptureError: the chain cannot be captured, or not be cut before one of its children.
     """
     batch = case.batch(channels_last=True)
-    chains = {
-        kind: chain_of(case.chain(channels_last=True), capture=kind == INSIDE)
-        for kind in (BETWEEN, INSIDE)
-    }
+    model = case.chain(channels_last=True)
+    chain = chain_of(model, capture=True)
+    lay_out(chain, batch[0], Precision.FLOAT32)
+    children = {chain.cut_at(str(number)): number for number in range(1, len(model))}
+    runs_on = machine(STAGES)
+    runs_on.patience = PATIENCE
     with anew():
-        found = {}
-        for kind, chain in chains.items():
-            lay_out(chain, batch[0], Precision.FLOAT32)
-            found[kind] = machine(STAGES).best_cut(chain, batch, cross_entropy)
-    predicted = {kind: cut.longest for kind, cut in found.items()}
-    split, inside = found[BETWEEN].split, found[INSIDE].split
-    if predicted[BETWEEN] < WORTH_CAPTURING * predicted[INSIDE]:
+        costs = runs_on.layer_costs(chain.layers, batch, cross_entropy)
+        best = partial(
+            best_cut,
+            costs,
+            runs_on.device_specs(chain.layers, batch, cross_entropy),
+            runs_on.schedule,
+            runs_on.mode,
+            hops=runs_on.links(),
+            update_seconds_per_byte=runs_on.update_seconds_per_byte(),
+        )
+    # Of the same times, so that what the machine did meanwhile is no difference.
+    between, inside = best(allowed=list(children)), best(allowed=chain.allowed_cuts())
+    split = [children[cut] for cut in between.split]
+    predicted = {BETWEEN: between.longest, INSIDE: inside.longest}
+    if between.longest < WORTH_CAPTURING * inside.longest:
         return Cuts(split, predicted=predicted)
-    return Cuts(split, inside, [chains[INSIDE].point(cut) for cut in inside], predicted)
+    return Cuts(split, inside.split, [chain.point(cut) for cut in inside.split], predicted)
 
 
 def said(cuts: dict[str, Any]) -> str:

@@ -3,9 +3,10 @@
     python -m benchmarks.plan [--rounds 3] [--seconds 60] [--ticks 12] [--quick --out FOLDER]
 
 Five models on CPU stages. A model is planned, from times measured just then, and trained with the
-planned cut; the real tick is that of a traced ``fit``, fill and drain left out. What the machine does
-between the one and the other falls into their ratio: so this is repeated for a while before it is the
-next model's turn, and in several rounds. The goal: predicted within 10 % of real.
+planned cut; the real tick is that of a traced ``fit``, without fill, drain and the ticks in which a new
+fit settles. What the machine does between the one and the other falls into their ratio: so this is
+repeated for a while before it is the next model's turn, and in several rounds. The goal: predicted
+within 10 % of real.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from torchvision import models as vision
 
 from benchmarks.harness import RESULTS, quartiles, write
+from benchmarks.steps import SETTLING
 from fdg_cuda import FDGRunner, models, plan
 
 STAGES = (1, 2)
@@ -109,9 +111,10 @@ def real(case: Case, split: list[int], ticks: int) -> float:
     batch = case.batch()
     # lr: random images teach nothing, and must not diverge
     runner = FDGRunner(case.make(), ["cpu"] * (len(split) + 1), split=split, lr=0.0)
-    data = [batch] * (ticks + runner.schedule.latency + 4)
+    skipped = runner.schedule.latency + SETTLING
+    data = [batch] * (skipped + ticks)
     runner.fit(data[:2])
-    with runner.trace(ticks=ticks) as timeline:
+    with runner.trace(ticks=ticks, skip=skipped) as timeline:
         runner.fit(data)
     return statistics.mean(stage.seconds / timeline.ticks for stage in timeline.stages)
 

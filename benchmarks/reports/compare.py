@@ -140,7 +140,7 @@ def picture(results: Row) -> Figure:
         figsize=(2.0 + 4.0 * len(sizes), 1.0 + (0.7 + 0.2 * count) * len(models)),
         layout="constrained",
     )
-    grid = figure.subplots(len(models), len(sizes), squeeze=False, sharey="row")
+    grid = figure.subplots(len(models), len(sizes), squeeze=False, sharex="row", sharey="row")
     for axes in grid.flat:
         axes.set_visible(False)
     for case in cases:
