@@ -39,14 +39,14 @@ class OneByOne(CpuLayout):
             yield replace(step, writes=(*step.writes, TURN))
 
 
-def machine(stages: int) -> CpuMachine:
-    """What ``fdg`` on so many CPU devices runs on."""
+def machine(stages: int, cpu_threads: int | None = None) -> CpuMachine:
+    """What ``fdg`` on so many CPU devices runs on, with so many threads in all."""
     return CpuMachine(
         Schedule("fdg", stages),
         MODE,
         rule=UpdateRule(),
         precision=Precision.FLOAT32,
-        cpu_threads=None,
+        cpu_threads=cpu_threads,
     )
 
 

@@ -4,8 +4,8 @@
                                  [--resume] [--quick] [--out FOLDER]
 
 BP with one thread and with two, DDP, the pipelines of torch and torchgpipe, FDG the way its authors'
-program runs it, and this runner. Every pipeline gets the same cut, between children, the one that the
-runner measures; but where a cut inside them is measured to be faster (``capture=True``), the runner's
+program runs it, and this runner. Every pipeline gets the same cut, between children, the best by what
+layers take; but where a cut inside them is measured to be faster (``capture=True``), the runner's
 own stages are cut there. Each way lives in a process of its own (or two), warm, and they take turns, in
 another order in each round; ratios are taken within a round. A step is forward, backward and update,
 with the data in memory. A way that fails or hangs is listed with its error; the others go on. After
@@ -29,7 +29,7 @@ from rich.progress import track
 from rich.table import Table
 
 from benchmarks.compare_cases import MODELS, TINY, Case
-from benchmarks.compare_cuts import measured_cuts, said
+from benchmarks.compare_cuts import WORTH_CAPTURING, measured_cuts, said
 from benchmarks.compare_processes import PROCESSES, layout_trial
 from benchmarks.compare_trainers import Place
 from benchmarks.compare_ways import WAYS, play, turn_of
@@ -257,7 +257,12 @@ def main(arguments: list[str] | None = None) -> None:
     out = given.out or RESULTS
     models = given.models or list(TINY if given.quick else MODELS)
     batches = given.batches or (QUICK_BATCHES if given.quick else BATCHES)
-    settings = {"ways": given.ways, "rounds": given.rounds, "seconds": given.seconds}
+    settings = {
+        "ways": given.ways,
+        "rounds": given.rounds,
+        "seconds": given.seconds,
+        "worth_capturing": WORTH_CAPTURING,
+    }
     rows: list[Row] = []
     if given.resume and (out / f"{NAME}.json").exists():
         before = json.loads((out / f"{NAME}.json").read_text())

@@ -3,6 +3,7 @@ this runner's own stages."""
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from benchmarks.alone import machine
 from benchmarks.compare_cases import STAGES, Case
 from fdg_cuda.cutting import best_cut
+from fdg_cuda.errors import ModelCaptureError
 from fdg_cuda.layer_times import anew
 from fdg_cuda.metrics import cross_entropy
 from fdg_cuda.precision import Precision
@@ -40,17 +42,20 @@ class Cuts:
 
 
 def measured_cuts(case: Case) -> Cuts:
-    """Where the runner cuts it, by what the pieces of the captured chain take here and now.
+    """Where the runner's search cuts it, by what the pieces of the captured chain take here and now.
 
     Raises:
-        ModelCaptureError: the chain cannot be captured, or not be cut before one of its children.
+        ModelCaptureError: the chain cannot be captured.
     """
     batch = case.batch(channels_last=True)
     model = case.chain(channels_last=True)
     chain = chain_of(model, capture=True)
     lay_out(chain, batch[0], Precision.FLOAT32)
-    children = {chain.cut_at(str(number)): number for number in range(1, len(model))}
-    runs_on = machine(STAGES)
+    children = {}
+    for number in range(1, len(model)):
+        with suppress(ModelCaptureError):  # then nothing is cut there
+            children[chain.cut_at(str(number))] = number
+    runs_on = machine(STAGES, cpu_threads=STAGES)
     runs_on.patience = PATIENCE
     with anew():
         costs = runs_on.layer_costs(chain.layers, batch, cross_entropy)

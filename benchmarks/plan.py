@@ -112,7 +112,7 @@ def real(case: Case, split: list[int], ticks: int) -> float:
     # lr: random images teach nothing, and must not diverge
     runner = FDGRunner(case.make(), ["cpu"] * (len(split) + 1), split=split, lr=0.0)
     skipped = runner.schedule.latency + SETTLING
-    data = [batch] * (skipped + ticks)
+    data = [batch] * (skipped + ticks + 1)
     runner.fit(data[:2])
     with runner.trace(ticks=ticks, skip=skipped) as timeline:
         runner.fit(data)

@@ -4,32 +4,28 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fdg_cuda.batches import Batch
 from fdg_cuda.buffers import SavedBuffers
-from fdg_cuda.chain import check_loss, check_output
-from fdg_cuda.errors import said_where
 from fdg_cuda.flat import padded_bytes
-from fdg_cuda.nested import Nested, cloned, distinct, leaf_of, map_distinct, tensors
+from fdg_cuda.layer_passes import LayerByLayer, Pass
+from fdg_cuda.nested import tensors
 from fdg_cuda.pipeline import LossFunction
 from fdg_cuda.precision import Precision
 from fdg_cuda.saved_bytes import SavedBytes
-from fdg_cuda.whole_pass import WholePass, run_whole
 
 # Passes behind the one that warms up.
 MOST_PASSES, LEAST_PASSES = 9, 3
 # No more passes than the least behind so many seconds, and none that would end beyond the limit, not
 # even one behind the first: what warms up is little of a pass that long.
 ENOUGH_SECONDS, LIMIT_SECONDS = 6.0, 12.0
-EMPTY_LAYERS = 20
+EMPTY_LAYERS = 20  # that count; as many before and behind them
 
 
 @dataclass(frozen=True)
@@ -103,7 +99,7 @@ def measure(
     buffers = SavedBuffers(layers)
     gradients = [(p, p.grad) for layer in layers for p in layer.parameters()]
     previous_threads = torch.get_num_threads()
-    chain = _Chain(layers, batch, loss, precision, synchronize)
+    chain = LayerByLayer(layers, batch, loss, precision, synchronize)
     try:
         torch.set_num_threads(threads)
         with torch.random.fork_rng(devices=list(random_devices)), torch.enable_grad():
@@ -150,26 +146,34 @@ def _where_first(tensors_of: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
     return first
 
 
+@dataclass(frozen=True)
+class _Overhead:
+    """Seconds that a layer takes by being run one by one, whatever it does."""
+
+    forward: float
+    backward: float
+
+
 def _overhead(
     device: torch.device, precision: Precision, synchronize: Callable[[], object]
-) -> _Passed:
-    """What layers that do nothing take one by one."""
-    layers = [nn.Linear(1, 1), *(nn.Identity() for _ in range(2 * EMPTY_LAYERS)), nn.Linear(1, 1)]
-    chain = _Chain(
-        [layer.to(device) for layer in layers],
+) -> _Overhead:
+    """Of layers that do nothing."""
+    empty = [nn.Identity() for _ in range(3 * EMPTY_LAYERS)]
+    chain = LayerByLayer(
+        [layer.to(device) for layer in (nn.Linear(1, 1), *empty, nn.Linear(1, 1))],
         (torch.ones(1, 1, device=device), None),
         lambda output, _: output.sum(),
         precision,
         synchronize,
     )
-    empty = chain.run().layers[EMPTY_LAYERS:-1]  # behind as many that warm up
-    return _Passed(
-        statistics.median(layer.forward for layer in empty),
-        statistics.median(layer.backward for layer in empty),
+    passed = chain.run().layers[EMPTY_LAYERS:-EMPTY_LAYERS]  # others warm up, in either direction
+    return _Overhead(
+        statistics.median(layer.forward for layer in passed),
+        statistics.median(layer.backward for layer in passed),
     )
 
 
-def _seconds(passes: Sequence[_Pass], direction: str, overhead: _Passed) -> list[float]:
+def _seconds(passes: Sequence[Pass], direction: str, overhead: _Overhead) -> list[float]:
     """Of each layer's forward, or backward."""
     apart = [[getattr(layer, direction) for layer in each.layers] for each in passes]
     medians = [statistics.median(layer) for layer in zip(*apart, strict=True)]
@@ -198,11 +202,11 @@ def as_one(apart: Sequence[float], whole: float, overhead: float) -> list[float]
 
 
 def _repeated(
-    first: Callable[[], _Pass],
-    again: Callable[[], _Pass],
+    first: Callable[[], Pass],
+    again: Callable[[], Pass],
     patience: float = 1.0,
     stopped: Callable[[], bool] = lambda: False,
-) -> list[_Pass]:
+) -> list[Pass]:
     """What passes came to: those behind the first, or the first if there is no time for more."""
     begin = time.perf_counter()
     passes = [first()]
@@ -215,143 +219,3 @@ def _repeated(
         now = time.perf_counter() - begin
         spent, longest = now, max(longest, now - spent)
     return passes[1:] or passes
-
-
-@dataclass
-class _Passed:
-    """One layer in one pass."""
-
-    forward: float = 0.0
-    backward: float = 0.0
-    input_bytes: int = 0
-    output_bytes: int = 0
-    packed_bytes: int = 0
-    error_bytes: int = 0
-
-
-@dataclass
-class _Pass:
-    """``layers`` one by one, and all of them as one piece. None: not run."""
-
-    layers: list[_Passed]
-    whole: WholePass | None = None
-
-
-class _Taken(torch.autograd.Function):
-    """A copy of what a layer takes, since it may work in place on it. The gradient goes into ``caught``.
-
-    Autograd would copy the gradient of a tensor that layers hand through, such as the skip of a residual
-    block, once for each of them, which no stage does.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, caught: list[Tensor]) -> Tensor:
-        ctx.caught = caught
-        return tensor.clone()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        ctx.caught.append(gradient)
-        return None, None
-
-
-def _take(caught: Iterator[list[Tensor]], tensor: Tensor) -> Any:
-    return _Taken.apply(leaf_of(tensor), next(caught))  # type: ignore[no-untyped-call]
-
-
-class _Chain:
-    """``layers`` one by one, each with an autograd graph of its own, and all in one."""
-
-    def __init__(
-        self,
-        layers: Sequence[nn.Module],
-        batch: Batch,
-        loss: LossFunction,
-        precision: Precision,
-        synchronize: Callable[[], object],
-    ) -> None:
-        self._layers = list(layers)
-        self._batch = batch
-        self._loss = loss
-        self._precision = precision
-        self._synchronize = synchronize
-
-    def run_and_whole(self) -> _Pass:
-        """A pass of both kinds."""
-        layers = self.run().layers
-        return _Pass(
-            layers,
-            run_whole(self._layers, self._batch, self._loss, self._precision, self._synchronize),
-        )
-
-    def run(self, counted: SavedBytes | None = None) -> _Pass:
-        """A forward and a backward of every layer. ``counted``: takes note of what autograd keeps."""
-        passed = [_Passed() for _ in self._layers]
-        x = map_distinct(torch.detach, self._batch[0])
-        target = cloned(self._batch[1])  # a loss may change it
-        caught: list[list[list[Tensor]]] = []
-        given: list[list[Tensor]] = []
-        for number, each in enumerate(passed):
-            inputs = distinct(x)
-            caught.append([[] for _ in inputs])
-            boxes = iter(caught[-1])
-            taken = map_distinct(partial(_take, boxes), x)
-            x = self._forward(number, taken, target, each, counted)
-            given.append(distinct(x))
-            each.input_bytes = sum(tensor.nbytes for tensor in inputs)
-            each.output_bytes = sum(tensor.nbytes for tensor in given[-1])
-            each.packed_bytes = each.output_bytes if len(given[-1]) > 1 else 0
-        del x, taken, inputs
-        # All is let go of behind its backward, as in stages: memory that was in use just now is the
-        # fastest to use again.
-        errors: list[Tensor | None] = [None]  # autograd's 1, for the loss
-        for number in reversed(range(len(passed))):
-            last = number == len(passed) - 1
-            roots = [
-                (output, error)
-                for output, error in zip(given.pop(), errors, strict=True)
-                if output.requires_grad and (error is not None or last)
-            ]
-            if roots:
-                begin = self._now()
-                torch.autograd.backward([root for root, _ in roots], [error for _, error in roots])
-                passed[number].backward = self._now() - begin
-            errors = [box[0] if box else None for box in caught.pop()]
-            if number > 0:
-                passed[number].error_bytes = sum(e.nbytes for e in errors if e is not None)
-            for parameter in self._layers[number].parameters():
-                parameter.grad = None
-        return _Pass(passed)
-
-    def _forward(
-        self,
-        number: int,
-        value: Nested,
-        target: Nested,
-        passed: _Passed,
-        counted: SavedBytes | None,
-    ) -> Nested:
-        layer = self._layers[number]
-        last = number == len(self._layers) - 1
-        with nullcontext() if counted is None else counted.begin(layer, value):
-            begin = self._now()
-            with (
-                said_where(f"layer {number}, a {type(layer).__name__}, at the first batch"),
-                self._autocast(),
-            ):
-                given = output = layer(value)
-            check_output(output, f"layer {number}")
-            if last:
-                with said_where("the loss of the first batch"), self._autocast():
-                    given = check_loss(self._loss(output, target), 0)
-            passed.forward = self._now() - begin
-        if counted is not None:
-            counted.end(output)
-        return given
-
-    def _now(self) -> float:
-        self._synchronize()
-        return time.perf_counter()
-
-    def _autocast(self) -> AbstractContextManager[object]:
-        return self._precision.autocast(tensors(self._batch[0])[0].device.type)

@@ -75,8 +75,9 @@ class GraphChain:
     @cached_property
     def pieces(self) -> list[GraphStage]:
         """The finest cut there is, to be run one behind the other: each takes what the one before gives,
-        and writes into it where the model's code does. A stage copies what it is given and writes into;
-        if every piece did, they would cost more than the stages they add up to."""
+        and writes into it where the model's code does. They are there to be measured: a stage copies
+        what it is given and writes into; if every piece did, they would cost more than the stages they
+        add up to. (So that one copy of a stage that begins so counts nowhere.)"""
         return self._cut(self.allowed_cuts(), copies=False)
 
     @property

@@ -96,7 +96,8 @@ def plan(
         fastest_speed=places.fastest_speed,
         note=planner.note,
         capture=capture,
-        between_children=isinstance(chain, LayerChain),
+        between_children=isinstance(chain, LayerChain)
+        and any(next(child.children(), None) is not None for child in chain.layers),
     )
 
 

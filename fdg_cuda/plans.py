@@ -81,7 +81,8 @@ class Plan:
         fastest_speed: of the fastest device, in times the first one's.
         note: what could not be measured as it should have been; else empty.
         capture: whether its cuts are those of ``FDGRunner(..., capture=True)``.
-        between_children: whether its cuts lie between the children of an ``nn.Sequential`` only.
+        between_children: whether its cuts lie between the children of an ``nn.Sequential`` only, though
+            there are modules in them.
     """
 
     rows: tuple[Row, ...]
@@ -107,15 +108,19 @@ class Plan:
     @property
     def advice(self) -> str:
         """What may be faster, if stages take unlike times and can be cut elsewhere; else empty."""
-        choice = self.recommended
-        if choice is None or len(choice.stages) == 1 or not self.between_children:
+        several = [row.choice for row in self.rows if row.choice and len(row.choice.stages) > 1]
+        if not several or not self.between_children:
             return ""
+        choice = self.recommended
+        if choice is None or len(choice.stages) == 1:
+            # That more are not worth it may be due to how they are cut.
+            choice = min(several, key=lambda each: each.tick_seconds)
         seconds = [stage.seconds for stage in choice.stages]
         longest = max(seconds) * len(seconds) / sum(seconds)
         if longest < UNEQUAL:
             return ""
         return (
-            f"The longest stage takes {longest:.2f} times the mean of the {len(seconds)}: capture=True "
+            f"The longest of {len(seconds)} stages takes {longest:.2f} times their mean: capture=True "
             f"(--capture) plans with cuts inside the children too."
         )
 

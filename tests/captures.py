@@ -25,7 +25,7 @@ class Root(nn.Module):
 
 
 def run(chain: GraphChain, value: Any, cuts: Any = None) -> Any:
-    for stage in chain.pieces if cuts is None else chain.stages(cuts):
+    for stage in chain.stages(chain.allowed_cuts() if cuts is None else cuts):
         value = stage(value)
     return value
 

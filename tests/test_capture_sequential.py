@@ -98,7 +98,12 @@ def test_a_checkpoint_of_the_one_is_refused_by_the_other(tmp_path: Path) -> None
 
 def test_plans_count_pieces() -> None:
     x, y = batches(1, last=None)[0]
-    assert plan(nested(), x, ["cpu"] * 2, target=y).layers == 2
+    between = plan(nested(), x, ["cpu"] * 2, target=y)
+    assert between.layers == 2
+    assert between.between_children
+    assert not plan(
+        nn.Sequential(nn.Linear(FEATURES, CLASSES)).double(), x, ["cpu"]
+    ).between_children
     captured = plan(nested(), x, ["cpu"] * 3, target=y, capture=True)
     assert captured.layers > 3
     assert captured.rows[2].choice is not None

@@ -26,6 +26,7 @@ from benchmarks.steps import HYPER
 from benchmarks.threads_per_batch import ThreadsPerBatch
 from benchmarks.turns import Answer, Player, PlayerError
 from fdg_cuda import reference
+from fdg_cuda.cutting import Cut
 
 ABSENT = "ModuleNotFoundError: No module named 'absent'"
 IN_TWO_PROCESSES = [name for name, way in WAYS.items() if way.processes > 1]
@@ -79,6 +80,12 @@ def test_the_runner_is_cut_inside_children_where_that_is_so_much_faster(
     def cuts_if_worth(times: float) -> Cuts:
         monkeypatch.setattr(compare_cuts, "WORTH_CAPTURING", times)
         return compare_cuts.measured_cuts(CASE)
+
+    with monkeypatch.context() as patch:
+        first = {"stage_seconds": [1.0], "hop_seconds": [0.0], "memory": []}
+        patch.setattr(compare_cuts, "best_cut", lambda *_, allowed, **__: Cut(allowed[:1], **first))
+        known = cuts_if_worth(0.0)
+        assert (known.split, known.points) == ([1], ["1"])
 
     between, inside = cuts_if_worth(1e9), cuts_if_worth(0.0)
     assert between.inside == between.points == []

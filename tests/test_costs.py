@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ from chains import CLASSES, FEATURES, Batch, batches, convolutional, even_split,
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fdg_cuda import FDGRunner, costs, whole_pass
+from fdg_cuda import FDGRunner, costs, layer_passes, whole_pass
 from fdg_cuda.at_work import measured_at_work
 from fdg_cuda.backward_weights import BackwardWeights
 from fdg_cuda.capture import capture
@@ -295,6 +295,7 @@ def test_what_it_costs_to_measure_is_no_layers(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(costs, "LIMIT_SECONDS", 1e9)
     clock = Ticking()
     monkeypatch.setattr(costs, "time", clock)
+    monkeypatch.setattr(layer_passes, "time", clock)
     monkeypatch.setattr(whole_pass, "time", clock)
     seconds = [0.0, 2.0, 9.0] * 8
     layers = [nn.Flatten(), *(Working(clock, each) for each in seconds)]
@@ -344,6 +345,33 @@ def test_the_gradient_of_what_layers_hand_through_is_handed_through() -> None:
     measure([Fork(), *beside, Join()], (x, y), CROSS_ENTROPY, threads=1)
     for each in zip(*(layer.places for layer in beside), strict=True):
         assert len(set(each)) == 1
+
+
+class Wanted(torch.autograd.Function):
+    """Gives no gradient of what it takes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> None:
+        return None
+
+
+def test_what_gets_no_gradient_sends_none_down() -> None:
+    class Last(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(FEATURES, FEATURES)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(x.detach()) + Wanted.apply(x)
+
+    x, y = torch.randn(2, FEATURES), torch.zeros(2, dtype=torch.long)
+    first, last = measure([nn.Linear(FEATURES, FEATURES), Last()], (x, y), CROSS_ENTROPY, threads=1)
+    assert last.error_bytes == 0
+    assert first.backward == 0 < last.backward
 
 
 # -- what a stage holds ----------------------------------------------------------------------------

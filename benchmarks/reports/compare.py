@@ -22,11 +22,12 @@ NOTES = [
     "A step is forward, backward and update of the whole batch (SGD with momentum and weight "
     "decay), the data in memory. Every way runs in a process of its own, or two, with one "
     "intra-op thread each (BP with two threads: two). All pipelines are cut between the same two "
-    "children (residual blocks), where the runner cuts. Where it predicts, before anything is timed, "
-    f"that a cut inside a child is faster by {WORTH_CAPTURING - 1:.0%} or more, its own stages are cut "
-    "there: `FDGRunner(..., capture=True)` (the tables of the models say where). Convolutional nets are "
-    "in channels_last. But gloo sends contiguous tensors only, so 1F1B and GPipe have to convert what "
-    "they send; where a trial finds the whole net in contiguous layout faster, they run so (marked).",
+    "children (residual blocks), the best such cut by what layers take. Where the same times predict, "
+    f"before any race, that a cut inside a child is faster by {WORTH_CAPTURING - 1:.0%} or more, the "
+    "runner's own stages are cut there: `FDGRunner(..., capture=True)` (the tables of the models say "
+    "where). Convolutional nets are in channels_last. But gloo sends contiguous tensors only, so 1F1B "
+    "and GPipe have to convert what they send; where a trial finds the whole net in contiguous layout "
+    "faster, they run so (marked).",
     "",
     "1F1B, GPipe and torchgpipe divide the batch into micro-batches and DDP into halves, and "
     "batch norm then takes its statistics from the part: nets with batch norm do not compute what "
@@ -178,7 +179,6 @@ def bars(axes: Axes, case: Row) -> None:
         )
     axes.set_yticks(range(len(ways)), [way["label"] for _, way in ways], fontsize=8)
     axes.axvline(1.0, color="black", lw=0.8, ls=":", zorder=1.2)
-    axes.set_xlim(left=0.0)
     axes.margins(x=0.12)
     axes.set_title(f"{case['model']}, batch {case['batch_size']}", fontsize=9, loc="left")
     axes.tick_params(axis="x", labelsize=7)
