@@ -1,4 +1,4 @@
-"""What layers cost, and what stages hold of it."""
+"""What layers cost."""
 
 from __future__ import annotations
 
@@ -7,28 +7,22 @@ import itertools
 import signal
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, ClassVar
 
 import pytest
 import torch
-from chains import CLASSES, FEATURES, Batch, batches, convolutional, even_split, images, mlp
+from chains import CLASSES, FEATURES, batches, mlp
+from several_tensors import Fork, Handing, Join
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fdg_cuda import FDGRunner, costs, layer_passes, whole_pass
 from fdg_cuda.at_work import measured_at_work
-from fdg_cuda.backward_weights import BackwardWeights
 from fdg_cuda.capture import capture
 from fdg_cuda.costs import LayerCost, measure
-from fdg_cuda.forms import parcel_of
-from fdg_cuda.hops import leaves_of
-from fdg_cuda.precision import Precision
-from fdg_cuda.schedule import METHODS, Schedule
-from fdg_cuda.stage import Stage
-from fdg_cuda.stage_memory import Holding, stage_memory
 
 CROSS_ENTROPY = nn.functional.cross_entropy
 BATCH = batches(1, last=None)[0]  # 8 samples
@@ -106,30 +100,6 @@ def bytes_of(cost: LayerCost) -> dict[str, int]:
         for name, value in vars(cost).items()
         if name not in ("forward", "backward") and value
     }
-
-
-class Fork(nn.Module):
-    """Hands its input on beside what it makes of it, and whole numbers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(FEATURES, FEATURES).double()
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return self.linear(x), x, torch.arange(len(x))
-
-
-class Handing(nn.Module):
-    def forward(self, hop: tuple[Tensor, Tensor, Tensor]) -> list[Tensor]:
-        one, two, order = hop
-        return [one.sin(), two, order, two]  # which is one tensor still
-
-
-class Join(nn.Module):
-    def forward(self, hop: list[Tensor]) -> Tensor:
-        one, two, order, again = hop
-        assert again is two
-        return (one * two)[order]
 
 
 def test_layers_that_take_and_give_several_tensors() -> None:
@@ -315,41 +285,28 @@ def test_layers_add_up_to_the_chain_whatever_the_excess() -> None:
 
 
 def test_the_gradient_of_what_layers_hand_through_is_handed_through() -> None:
-    class Beside(nn.Module):
-        """One layer of a residual block: the skip passes by."""
+    class Watching(Handing):
+        """As a layer of a residual block, which the skip passes by."""
 
         def __init__(self) -> None:
             super().__init__()
-            self.linear = nn.Linear(FEATURES, FEATURES)
             self.places: list[int] = []
 
-        def forward(self, pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-            x, skip = pair
-            skip.register_hook(lambda gradient: self.places.append(gradient.data_ptr()))
-            return self.linear(x), skip
+        def forward(self, hop: Sequence[Tensor]) -> list[Tensor]:
+            one, two, order, *_ = hop
+            two.register_hook(lambda gradient: self.places.append(gradient.data_ptr()))
+            return super().forward((one, two, order))
 
-    class Fork(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.linear = nn.Linear(FEATURES, FEATURES)
-
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            return self.linear(x), self.linear(x)
-
-    class Join(nn.Module):
-        def forward(self, pair: tuple[Tensor, Tensor]) -> Tensor:
-            return pair[0] + pair[1].exp()
-
-    beside = [Beside(), Beside(), Beside()]
-    x, y = torch.randn(2, FEATURES), torch.zeros(2, dtype=torch.long)
-    measure([Fork(), *beside, Join()], (x, y), CROSS_ENTROPY, threads=1)
-    for each in zip(*(layer.places for layer in beside), strict=True):
+    watching = [Watching(), Watching(), Watching()]
+    layers = [nn.Linear(FEATURES, FEATURES).double(), Fork(), *watching, Join()]
+    measure(layers, BATCH, CROSS_ENTROPY, threads=1)
+    places = list(zip(*(layer.places for layer in watching), strict=True))
+    assert len(places) == 3  # one by one, and once more with all as one piece
+    for each in places:
         assert len(set(each)) == 1
 
 
-class Wanted(torch.autograd.Function):
-    """Gives no gradient of what it takes."""
-
+class NoGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         return x * 2
@@ -366,127 +323,12 @@ def test_what_gets_no_gradient_sends_none_down() -> None:
             self.linear = nn.Linear(FEATURES, FEATURES)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.linear(x.detach()) + Wanted.apply(x)
+            return self.linear(x.detach()) + NoGradient.apply(x)
 
     x, y = torch.randn(2, FEATURES), torch.zeros(2, dtype=torch.long)
     first, last = measure([nn.Linear(FEATURES, FEATURES), Last()], (x, y), CROSS_ENTROPY, threads=1)
     assert last.error_bytes == 0
     assert first.backward == 0 < last.backward
-
-
-# -- what a stage holds ----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("mode", BackwardWeights)
-@pytest.mark.parametrize("method", METHODS)
-def test_weights_and_momentum_are_those_of_flat_memory(method: str, mode: BackwardWeights) -> None:
-    model = mlp()
-    measured = measure(list(model), BATCH, CROSS_ENTROPY, threads=1)
-    split = even_split(8, 3)
-    runner = FDGRunner(model, ["cpu"] * 3, split=split, method=method, backward_weights=mode.value)
-    for stage, part in zip(runner.stages, parts(measured, split), strict=True):
-        holding = Holding.of(runner.schedule, mode, stage.index)
-        needed = stage_memory(part, None, holding)
-        snapshot = stage.snapshot()
-        assert needed.weights == stage.memory.weight_bytes
-        assert needed.optimizer == stage.memory.momentum.nbytes
-        assert needed.snapshot == snapshot.weights.nbytes + stage.memory.momentum.nbytes
-        assert needed.gradients == 2 * snapshot.weights.nbytes
-        assert needed.fixed == sum(b.nbytes for layer in stage.layers for b in layer.buffers())
-
-
-def parts(measured: list[LayerCost], split: list[int]) -> Iterator[list[LayerCost]]:
-    for begin, end in itertools.pairwise([0, *split, len(measured)]):
-        yield measured[begin:end]
-
-
-@pytest.mark.parametrize("mode", BackwardWeights)
-def test_hops_of_several_tensors_are_held_packed_and_as_they_are(mode: BackwardWeights) -> None:
-    layers = [nn.Linear(FEATURES, FEATURES).double(), Fork(), Handing(), Join()]
-    _, fork, handing, _ = measure(layers, BATCH, F.cross_entropy, threads=1)
-    holding = Holding.of(Schedule("fdg", 3), mode, 0)
-    x = BATCH[0].clone().requires_grad_()
-    output = layers[1](x)
-    sent, _ = parcel_of(leaves_of(output, frozenset(), Tensor.is_floating_point))
-    memory = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in output}
-    if mode is BackwardWeights.REPLAY:  # the output is made again when its turn comes
-        memory = {}
-    else:  # the input that is handed on, counted as what the layer before gave
-        del memory[x.data_ptr()]
-    memory[sent.data_ptr()] = sent.nbytes
-    errors, inbox = 3 * handing.error_bytes, 2 * fork.input_bytes
-    counted = stage_memory([fork], handing, holding).hops - errors - inbox
-    # Packed tensors begin at multiples of 256 bytes.
-    assert counted == pytest.approx(4 * sum(memory.values()), abs=4 * 256)
-
-
-class Held:
-    """What autograd keeps of the batches in flight at a stage, and the inputs, as storages."""
-
-    def __init__(self, stage: Stage) -> None:
-        self.stage = stage
-        self.most = 0
-        self._held: dict[int, dict[int, int]] = {}  # batch -> storages: address -> bytes
-        self._forward, self._backward = stage._forward, stage._backward
-        stage._forward = self.forward  # type: ignore[method-assign]
-        stage._backward = self.backward  # type: ignore[method-assign]
-
-    def forward(self, slot: int, copy: int, batch: int) -> None:
-        with self.noting(copy, batch):
-            self._forward(slot, copy, batch)
-        storage = self.stage._slots[slot].input.untyped_storage()
-        self._held[batch][storage.data_ptr()] = storage.nbytes()
-        self.look()
-
-    def backward(self, slot: int, copy: int, batch: int, row: int = 0) -> None:
-        with self.noting(copy, batch):
-            self._backward(slot, copy, batch, row)
-        self.look()
-        del self._held[batch]
-
-    def noting(self, copy: int, batch: int) -> torch.autograd.graph.saved_tensors_hooks:
-        buffers = [buffer for layer in self.stage.layers for buffer in layer.buffers()]
-        own = {t.untyped_storage().data_ptr() for t in (*self.stage.memory.leaves[copy], *buffers)}
-        held = self._held.setdefault(batch, {})
-
-        def note(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in own:
-                held[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        return torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
-
-    def look(self) -> None:
-        if 0 in self._held:  # works on a copy of its input, to find out whether it is changed
-            return
-        self.most = max(self.most, sum(sum(held.values()) for held in self._held.values()))
-
-
-@pytest.mark.parametrize("mode", BackwardWeights)
-@pytest.mark.parametrize("kind", ["mlp", "convolutional", "bfloat16"])
-def test_activations_are_what_autograd_keeps_in_training(kind: str, mode: BackwardWeights) -> None:
-    model, data = chain_of(kind)
-    precision = Precision.BFLOAT16 if kind == "bfloat16" else Precision.FLOAT32
-    measured = measure(list(model), data[0], CROSS_ENTROPY, threads=1, precision=precision)
-    split = [2, 4] if kind == "convolutional" else [3, 5]
-    runner = FDGRunner(
-        model, ["cpu"] * 3, split=split, backward_weights=mode.value, precision=precision.value
-    )
-    watches = [Held(stage) for stage in runner.stages]
-    runner.fit(data)
-    for held, part in zip(watches, parts(measured, split), strict=True):
-        holding = Holding.of(runner.schedule, mode, held.stage.index)
-        assert stage_memory(part, None, holding).activations == held.most
-
-
-def chain_of(kind: str) -> tuple[nn.Sequential, list[Batch]]:
-    if kind == "convolutional":
-        return convolutional(), images(8)
-    if kind == "bfloat16":
-        data = [(x.float(), y) for x, y in batches(8, last=None)]
-        return mlp().float(), data
-    return mlp(), batches(8, last=None)
 
 
 def test_measured_at_work() -> None:
