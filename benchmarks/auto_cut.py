@@ -1,6 +1,6 @@
 """The automatic cut beside every other cut there is.
 
-    python -m benchmarks.auto_cut [--model resnet56] [--rounds 5] [--batches 8]
+    python -m benchmarks.auto_cut [--model resnet56] [--rounds 5] [--batches 8] [--quick] [--out FOLDER]
 
 Two CPU stages. In the first round every cut trains the same batches; in the later ones, in another
 order each, the cuts that were within ``--near`` of the fastest, and the automatic one. The goal is for
@@ -21,11 +21,13 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
+from benchmarks.arguments import make_parser, parsed, settings_of
 from benchmarks.harness import quartiles, write
 from fdg_cuda import FDGRunner, models
 
 STAGES = 2
 GOAL = 1.03
+QUICK = {"model": "mlp", "batch_size": 2, "batches": 3, "rounds": 2}
 
 
 def batches(count: int, batch_size: int) -> list[tuple[Tensor, Tensor]]:
@@ -85,16 +87,17 @@ def measure(given: argparse.Namespace, console: Console) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+def main(arguments: list[str] | None = None) -> None:
+    parser = make_parser(__doc__)
     parser.add_argument("--model", default="resnet56", choices=models.names())
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--batches", type=int, default=8, help="per epoch")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--near", type=float, default=1.15, help="times the fastest cut's seconds")
-    given = parser.parse_args()
+    given = parsed(parser, arguments)
+    settings = settings_of(given, QUICK)
     console = Console()
-    results = measure(given, console)
+    results = measure(settings, console)
     table = Table("cut", "seconds per batch", "quartiles")
     for cut, q in sorted(results["seconds_per_batch"].items(), key=lambda e: e[1]["median"]):
         mark = " (automatic)" if int(cut) == results["automatic"] else ""
@@ -104,7 +107,7 @@ def main() -> None:
     console.print(
         f"automatic / best: {r['median']:.3f} ({r['q1']:.3f} to {r['q3']:.3f}), goal {GOAL}"
     )
-    console.print(f"written to {write('auto_cut', results)}")
+    console.print(f"written to {write('auto_cut', results, given.out)}")
 
 
 if __name__ == "__main__":

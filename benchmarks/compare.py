@@ -14,7 +14,6 @@ each case (a model and a batch size) the results are written; ``--resume`` goes 
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import tempfile
@@ -28,12 +27,13 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from benchmarks.arguments import make_parser, parsed
 from benchmarks.compare_cases import MODELS, TINY, Case
 from benchmarks.compare_cuts import WORTH_CAPTURING, measured_cuts, said
 from benchmarks.compare_processes import PROCESSES, layout_trial
 from benchmarks.compare_trainers import Place
 from benchmarks.compare_ways import WAYS, play, turn_of
-from benchmarks.harness import RESULTS, quartiles, write
+from benchmarks.harness import quartiles, write
 from benchmarks.turns import Answer, Make, Player, PlayerError
 
 BATCHES = (32, 128)
@@ -236,7 +236,7 @@ def goals(rows: list[Row]) -> list[Row]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = make_parser(__doc__)
     parser.add_argument("--models", nargs="+", choices=[*MODELS, *TINY], metavar="MODEL")
     parser.add_argument("--batches", nargs="+", type=int, metavar="SIZE")
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS), metavar="WAY")
@@ -249,12 +249,8 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--limit", type=float, default=120.0, help="seconds a turn may take")
     parser.add_argument("--resume", action="store_true", help="keep the cases the file has already")
-    parser.add_argument("--quick", action="store_true", help="only see that it works; needs --out")
-    parser.add_argument("--out", type=Path, help="folder of the result file")
-    given = parser.parse_args(arguments)
-    if given.quick and given.out is None:
-        parser.error("--quick measures nothing worth keeping: name another folder with --out")
-    out = given.out or RESULTS
+    given = parsed(parser, arguments)
+    out: Path = given.out
     models = given.models or list(TINY if given.quick else MODELS)
     batches = given.batches or (QUICK_BATCHES if given.quick else BATCHES)
     settings = {

@@ -1,13 +1,12 @@
 """How long it takes from a model to its cut: captured, measured, cut.
 
-    python -m benchmarks.cut_time [--rounds 3]
+    python -m benchmarks.cut_time [--rounds 3] [--quick] [--out FOLDER]
 
 Two CPU stages; what layers cost is not remembered from round to round. The goal: below 30 seconds.
 """
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +17,7 @@ from rich.table import Table
 from torch import nn
 from torchvision import models as vision
 
+from benchmarks.arguments import make_parser, parsed
 from benchmarks.harness import quartiles, write
 from fdg_cuda import models
 from fdg_cuda.backward_weights import BackwardWeights
@@ -46,15 +46,17 @@ class AsModule(nn.Module):
         return x
 
 
-CASES: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
+# A model, the batch size and the size of images.
+Case = tuple[Callable[[], nn.Module], int, int]
+CASES: dict[str, Case] = {
     "resnet110, 32x32, batch 128": (lambda: AsModule(models.build("resnet110")), 128, 32),
     "vit_b_16, 224x224, batch 8": (lambda: vision.vit_b_16(num_classes=10), 8, 224),
 }
+QUICK: dict[str, Case] = {"mlp": (lambda: AsModule(models.build("mlp")), 2, 32)}
 
 
-def measure(name: str) -> dict[str, float]:
+def measure(make: Callable[[], nn.Module], batch_size: int, size: int) -> dict[str, float]:
     """Seconds of each part."""
-    make, batch_size, size = CASES[name]
     torch.manual_seed(0)
     model = make()
     batch = (torch.randn(batch_size, 3, size, size), torch.randint(0, 10, (batch_size,)))
@@ -77,19 +79,21 @@ def measure(name: str) -> dict[str, float]:
     return {"capture": captured - begin, "measure and cut": end - captured, "all": end - begin}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+def main(arguments: list[str] | None = None) -> None:
+    parser = make_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=3)
-    given = parser.parse_args()
+    given = parsed(parser, arguments)
     console = Console()
     table = Table("model", "capture, s", "measure and cut, s", "all, s")
     results: dict[str, Any] = {}
-    for name in CASES:
-        rounds = [measure(name) for _ in range(given.rounds)]
+    for name, case in (QUICK if given.quick else CASES).items():
+        rounds = [measure(*case) for _ in range(given.rounds)]
         results[name] = {part: quartiles([r[part] for r in rounds]) for part in rounds[0]}
         table.add_row(name, *(f"{q['median']:.1f}" for q in results[name].values()))
     console.print(table)
-    written = write("cut_time", {"rounds": given.rounds, "goal": GOAL, "models": results})
+    written = write(
+        "cut_time", {"rounds": given.rounds, "goal": GOAL, "models": results}, given.out
+    )
     console.print(f"written to {written}")
 
 

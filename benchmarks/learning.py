@@ -27,7 +27,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks.harness import RESULTS, cpu_name, write
+from benchmarks.arguments import make_parser, parsed
+from benchmarks.harness import cpu_name, write
 from benchmarks.learning_runs import key_of, shown, summary
 from benchmarks.learning_study import MOMENTUM, WEIGHT_DECAY, Study, halved
 from benchmarks.learning_verdicts import verdicts
@@ -116,7 +117,7 @@ def show(console: Console, study: Study, results: dict[str, Any], classes: int) 
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = make_parser(__doc__)
     for name in ("model_depth", "images", "epochs", "batch_size"):
         default = getattr(Study, name)
         option = f"--{name.replace('_', '-')}"
@@ -127,11 +128,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--data-root", type=Path, help="folder of the data; default: ./data")
     parser.add_argument("--download", action="store_true", help="download missing data into it")
     parser.add_argument("--anew", action="store_true", help="replace what is there")
-    parser.add_argument("--quick", action="store_true", help="only see that it works; needs --out")
-    parser.add_argument("--out", type=Path, help="folder of the result file")
-    given = parser.parse_args(arguments)
-    if given.quick and given.out is None:
-        parser.error("--quick measures nothing worth keeping: name another folder with --out")
+    given = parsed(parser, arguments)
     for name in ("seeds", "jobs", "epochs", "batch_size"):
         value = getattr(given, name)
         if value is not None and value < 1:
@@ -144,7 +141,7 @@ def main(arguments: list[str] | None = None) -> None:
     names = ("model_depth", "images", "epochs", "batch_size", "lr")
     chosen = {name: value for name in names if (value := getattr(given, name)) is not None}
     study = replace(QUICK if given.quick else Study(), **chosen)
-    folder: Path = given.out or RESULTS
+    folder: Path = given.out
     console = Console()
     try:
         results = begun(folder / f"{NAME}.json", study, given.anew)

@@ -1,6 +1,7 @@
 """What a stage holds, and how long a step takes, for each mode of ``backward_weights``.
 
     python -m benchmarks.memory [--model resnet20] [--stages 4] [--batch-size 128] [--rounds 5]
+                                [--quick] [--out FOLDER]
 
 Weight bytes are those of the arrays; input bytes those of the batches a stage holds; activation bytes
 those of the distinct other storages that autograd saved, at their largest, for the backwards that had
@@ -13,7 +14,6 @@ take turns, round by round.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -23,10 +23,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from benchmarks.arguments import make_parser, parsed, settings_of
 from benchmarks.harness import quartiles, write
 from fdg_cuda import FDGRunner, models
 from fdg_cuda.arguments import BACKWARD_WEIGHTS
 from fdg_cuda.stage import Stage
+
+QUICK = {"model": "mlp", "stages": 2, "batch_size": 2, "rounds": 2}
 
 
 class Holdings:
@@ -98,7 +101,7 @@ def make_runner(model: str, stages: int, mode: str) -> FDGRunner:
     chain = models.build(model)
     n = len(chain)
     split = [n * k // stages for k in range(1, stages)]
-    return FDGRunner(chain, ["cpu"] * stages, split=split, backward_weights=mode)
+    return FDGRunner(chain, ["cpu"] * stages, split=split, backward_weights=mode, lr=0.0)
 
 
 def batches(runner: FDGRunner, batch_size: int) -> list[tuple[Tensor, Tensor]]:
@@ -148,13 +151,14 @@ def snapshot_bytes(stage: Stage) -> int:
     return snapshot.weights.nbytes + sum(v.nbytes for v in state if isinstance(v, Tensor))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+def main(arguments: list[str] | None = None) -> None:
+    parser = make_parser(__doc__)
     parser.add_argument("--model", default="resnet20", choices=models.names())
     parser.add_argument("--stages", type=int, default=4)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5, help="epochs timed per mode")
-    settings = parser.parse_args()
+    given = parsed(parser, arguments)
+    settings = settings_of(given, QUICK)
     table = Table(title=f"{settings.model}, batch {settings.batch_size}, K = {settings.stages}")
     columns: dict[str, Callable[[dict[str, Any]], str]] = {
         "stage": lambda row: str(row["stage"]),
@@ -183,6 +187,7 @@ def main() -> None:
     file = write(
         "memory",
         {"settings": vars(settings), "rows": results, "seconds_per_step": seconds},
+        given.out,
     )
     console.print(f"written to {file}")
 

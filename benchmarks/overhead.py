@@ -14,7 +14,6 @@ against its floor: plain torch's forward over the same batches.
 
 from __future__ import annotations
 
-import argparse
 import io
 import random
 import tempfile
@@ -30,7 +29,8 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.harness import RESULTS, quartiles, write
+from benchmarks.arguments import make_parser, parsed
+from benchmarks.harness import quartiles, write
 from fdg_cuda import Callback, Checkpoints, EpochResult, FDGRunner, FitStart, models
 from fdg_cuda.metrics import BatchResult
 from fdg_cuda.progress import PlainProgress, make_progress
@@ -205,19 +205,15 @@ def measure(task: Task, console: Console) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = make_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=Task.rounds)
     parser.add_argument("--batches", type=int, default=Task.batches, help="per epoch")
-    parser.add_argument("--quick", action="store_true", help="only see that it works; needs --out")
-    parser.add_argument("--out", type=Path, help="folder of the result file")
-    given = parser.parse_args(arguments)
-    if given.quick and given.out is None:
-        parser.error("--quick measures nothing worth keeping: name another folder with --out")
+    given = parsed(parser, arguments)
     task = QUICK if given.quick else Task(rounds=given.rounds, batches=given.batches)
     console = Console()
     results = measure(task, console)
     show(console, results)
-    console.print(f"written to {write('overhead', results, given.out or RESULTS)}")
+    console.print(f"written to {write('overhead', results, given.out)}")
 
 
 def show(console: Console, results: dict[str, Any]) -> None:

@@ -29,7 +29,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from benchmarks.harness import RESULTS, write
+from benchmarks.arguments import make_parser, parsed
+from benchmarks.harness import write
 from fdg_cuda.options import options_of
 from fdg_cuda.settings import Settings
 
@@ -228,7 +229,7 @@ def keep(runs: Iterable[Run], given: argparse.Namespace, failed: dict[str, str])
             "runs": found,
             "failed": {name: why for name, why in failed.items() if name not in found},
         },
-        given.out or RESULTS,
+        given.out,
     )
 
 
@@ -260,7 +261,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     protocol = everything["protocol"]
     tables = [*everything["tables"], TIMES]
     models = sorted({row["model"] for row in everything["errors"]})
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = make_parser(__doc__, quick="digits, one epoch: only see that it works; needs --out")
     parser.add_argument("--dry-run", action="store_true", help="only show the runs and commands")
     parser.add_argument("--tables", nargs="+", choices=tables, default=tables)
     parser.add_argument("--models", nargs="+", choices=models, default=[], help="default: all")
@@ -281,16 +282,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--folder", type=Path, default=Path("runs") / NAME, help="where the runs are kept"
     )
-    parser.add_argument("--out", type=Path, help="folder of the result file")
-    parser.add_argument(
-        "--quick",
-        action="store_true",
-        help="digits, one epoch: only see that it works; needs --out",
-    )
-    given = parser.parse_args(arguments)
+    given = parsed(parser, arguments)
     if given.quick:
-        if given.out is None:
-            parser.error("--quick measures nothing worth keeping: name another folder with --out")
         given.epochs, given.folder, given.devices = 1, given.out / "runs", ("cpu", "cpu")
     for name in ("seeds", "epochs"):
         if getattr(given, name) < 1:

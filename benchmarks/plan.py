@@ -11,12 +11,10 @@ within 10 % of real.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +24,8 @@ from rich.table import Table
 from torch import Tensor, nn
 from torchvision import models as vision
 
-from benchmarks.harness import RESULTS, quartiles, write
+from benchmarks.arguments import make_parser, parsed
+from benchmarks.harness import quartiles, write
 from benchmarks.steps import SETTLING
 from fdg_cuda import FDGRunner, models, plan
 
@@ -154,17 +153,13 @@ def repeated(seconds: float) -> Iterator[None]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = make_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
         "--seconds", type=float, default=60.0, help="a model's turn in a round, at least"
     )
     parser.add_argument("--ticks", type=int, default=12, help="traced at a time")
-    parser.add_argument("--quick", action="store_true", help="only see that it works; needs --out")
-    parser.add_argument("--out", type=Path, help="folder of the result file")
-    given = parser.parse_args(arguments)
-    if given.quick and given.out is None:
-        parser.error("--quick measures nothing worth keeping: name another folder with --out")
+    given = parsed(parser, arguments)
     console = Console()
     cases, seconds = (QUICK, 0.0) if given.quick else (CASES, given.seconds)
     rows = measure(cases, given.rounds, seconds, given.ticks, console)
@@ -179,9 +174,7 @@ def main(arguments: list[str] | None = None) -> None:
         )
     console.print(table)
     settings = {"rounds": given.rounds, "seconds": seconds, "ticks": given.ticks}
-    console.print(
-        f"written to {write('plan', {'settings': settings, 'rows': rows}, given.out or RESULTS)}"
-    )
+    console.print(f"written to {write('plan', {'settings': settings, 'rows': rows}, given.out)}")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ Where training diverges the angles end. A run that is interrupted leaves what it
 
 from __future__ import annotations
 
-import argparse
 import copy
 import math
 import sys
@@ -30,7 +29,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,7 +38,8 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.harness import RESULTS, quartiles, write
+from benchmarks.arguments import make_parser, parsed
+from benchmarks.harness import quartiles, write
 from benchmarks.learning_study import even_split
 from benchmarks.side_by_side import side_by_side
 from fdg_cuda import data, models, reference
@@ -262,7 +261,7 @@ def measure(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = make_parser(__doc__)
     parser.add_argument("--model", default=Study.model, choices=models.names())
     parser.add_argument("--data", default=Study.data, choices=data.names())
     parser.add_argument("--batches", type=int, default=Study.batches)
@@ -270,11 +269,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--lr", type=float, default=Study.lr)
     parser.add_argument("--seed", type=int, default=Study.seed)
     parser.add_argument("--jobs", type=int, default=2, help="runs beside each other; default: 2")
-    parser.add_argument("--quick", action="store_true", help="only see that it works; needs --out")
-    parser.add_argument("--out", type=Path, help="folder of the result file")
-    given = parser.parse_args(arguments)
-    if given.quick and given.out is None:
-        parser.error("--quick measures nothing worth keeping: name another folder with --out")
+    given = parsed(parser, arguments)
     if given.jobs < 1:
         parser.error(f"--jobs must be at least 1; got {given.jobs}")
     study = QUICK
@@ -289,12 +284,12 @@ def main(arguments: list[str] | None = None) -> None:
 
     def keep(rows: list[dict[str, Any]]) -> None:
         kept[:] = rows
-        write("staleness", {"settings": settings, "rows": rows}, given.out or RESULTS)
+        write("staleness", {"settings": settings, "rows": rows}, given.out)
 
     try:
         measure(study, given.jobs, keep, console)
     except KeyboardInterrupt:
-        found = f"{len(kept)} runs are in {given.out or RESULTS}" if kept else "nothing was written"
+        found = f"{len(kept)} runs are in {given.out}" if kept else "nothing was written"
         console.print(f"stopped; {found}")
         sys.exit(130)
     table = Table("K", "mode", "stage 0", "last stage", "whole net", "loss at the end")
@@ -308,7 +303,7 @@ def main(arguments: list[str] | None = None) -> None:
             f"diverged by batch {diverged}" if loss is None else f"{loss['median']:.3f}",
         )
     console.print(table)
-    console.print(f"written to {given.out or RESULTS}")
+    console.print(f"written to {given.out}")
 
 
 if __name__ == "__main__":

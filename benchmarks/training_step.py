@@ -1,6 +1,7 @@
 """Whole training steps, side by side: BP in plain torch against ``fdg`` on CPU devices.
 
     python -m benchmarks.training_step [--model resnet56] [--batch-size 128] [--rounds 8]
+                                       [--quick] [--out FOLDER]
 
 Every case lives in a process of its own, warm, and they take turns step by step, so that a slow
 moment of the machine meets all of them. Ratios are taken within a round. ``fdg`` is timed in the
@@ -26,6 +27,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.arguments import make_parser, parsed, settings_of
 from benchmarks.harness import quartiles, write
 from benchmarks.steps import HYPER, SteadyRunner, plain_step
 from benchmarks.turns import Player
@@ -37,6 +39,7 @@ from fdg_cuda.layout import Step
 from fdg_cuda.stage import Stage
 
 STEPS = 3  # timed steps per round and case
+QUICK = {"model": "mlp", "batch_size": 2, "rounds": 2}
 WARM_UP = 3  # steps before them, in which the allocator gets its memory back from the system
 LIMIT_SECONDS = 600.0  # for a turn
 
@@ -216,15 +219,16 @@ def warm(name: str, settings: argparse.Namespace) -> Steps:
     return steps
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+def main(arguments: list[str] | None = None) -> None:
+    parser = make_parser(__doc__)
     parser.add_argument("--model", default="resnet56", choices=models.names())
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--split", default="", help="where stage 1 begins; default: measured")
     parser.add_argument("--channels-last", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--name", default="training_step", help="of the result file")
-    settings = parser.parse_args()
+    given = parsed(parser, arguments)
+    settings = settings_of(given, QUICK)
     console = Console()
     if not settings.split:
         settings.split = str(measured_split(settings)[0])
@@ -245,6 +249,7 @@ def main() -> None:
     file = write(
         settings.name,
         {"settings": vars(settings), "seconds_per_step": cases, "ratios": ratios},
+        given.out,
     )
     show(console, settings, cases, ratios)
     console.print(f"written to {file}")

@@ -116,11 +116,12 @@ class Plan:
             # That more are not worth it may be due to how they are cut.
             choice = min(several, key=lambda each: each.tick_seconds)
         seconds = [stage.seconds for stage in choice.stages]
-        longest = max(seconds) * len(seconds) / sum(seconds)
-        if longest < UNEQUAL:
+        mean = sum(seconds) / len(seconds)
+        if max(seconds) <= UNEQUAL * mean:
             return ""
         return (
-            f"The longest of {len(seconds)} stages takes {longest:.2f} times their mean: capture=True "
+            f"The longest of {len(seconds)} stages takes {max(seconds) / mean:.2f} times their mean: "
+            f"capture=True "
             f"(--capture) plans with cuts inside the children too."
         )
 

@@ -196,12 +196,6 @@ def test_an_interrupted_run_keeps_its_cases(
     assert [row["batch_size"] for row in rows] == [4, 8]
 
 
-def test_a_quick_run_does_not_replace_the_result(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        compare.main(["--quick"])
-    assert "--out" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     ("seconds", "faster"),
     [

@@ -73,9 +73,3 @@ def test_the_file_is_what_the_readme_shows(
     assert f"| {overhead.KEPT} / {overhead.BARE} |" in text
     assert "at most 1.02" in text
     assert "(on the way: every 2)" in text
-
-
-def test_a_quick_run_does_not_replace_the_result(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        overhead.main(["--quick"])
-    assert "--out" in capsys.readouterr().err

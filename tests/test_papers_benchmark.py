@@ -132,12 +132,6 @@ def test_a_failed_run_is_listed_and_the_rest_goes_on(
     assert list(result(tmp_path)["failed"].values()) == ["error: the loss became nan"] * 2
 
 
-def test_a_quick_run_does_not_replace_the_result(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        papers.main(["--quick"])
-    assert "--out" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     ("stages", "expected"), [(1, (0,)), (2, (0, 1)), (3, (0, 0, 1)), (4, (0, 0, 1, 1))]
 )

@@ -27,12 +27,6 @@ def test_every_model_is_planned_and_trained(tmp_path: Path) -> None:
         assert row["real"]["q1"] > 0
 
 
-def test_a_quick_run_does_not_replace_the_result(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        benchmark.main(["--quick"])
-    assert "--out" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(("seconds", "times"), [(0.0, 1), (2.5, 3), (3.0, 3)])
 def test_a_turn_lasts_a_while(seconds: float, times: int, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = itertools.count()
