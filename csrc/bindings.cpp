@@ -14,6 +14,7 @@
 
 #include "action.h"
 #include "cpu/allocator.h"
+#include "cpu/openmp.h"
 #include "cpu/cpu_stream.h"
 #include "cpu/sgd_update.h"
 #include "flat_parameters.h"
@@ -241,6 +242,10 @@ PYBIND11_MODULE(_core, m) {
   m.def("fit_begins", [] { ++at_exit().fits; });
   m.def("fit_ends", [] { --at_exit().fits; });
   m.def("keep_freed_memory", &fdg::cpu::keep_freed_memory);
+  m.def("openmp_threads", &fdg::cpu::openmp_threads);
+  m.def("set_openmp_threads", &fdg::cpu::set_openmp_threads, py::arg("threads"));
+  m.def("end_idle_openmp_threads", &fdg::cpu::end_idle_openmp_threads,
+        py::call_guard<GilRelease>());
   m.def("return_freed_memory", &fdg::cpu::return_freed_memory, py::call_guard<GilRelease>());
 
   py::class_<fdg::Work, std::shared_ptr<fdg::Work>>(m, "Work");

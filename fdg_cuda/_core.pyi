@@ -17,6 +17,15 @@ def keep_freed_memory() -> None:
 def return_freed_memory() -> None:
     """Give what the C allocator holds free back to the system, and large blocks from now on."""
 
+def openmp_threads() -> int:
+    """How many the calling thread computes with; 0 if there is no OpenMP in this process."""
+
+def set_openmp_threads(threads: int) -> None:
+    """From now on; of the calling thread alone, and not of threads to come."""
+
+def end_idle_openmp_threads() -> None:
+    """End the calling thread's own, but itself; its next parallel operation starts them again."""
+
 class Work:
     """Something native a scheduler can run without Python."""
 

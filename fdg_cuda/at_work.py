@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import torch
 
+from fdg_cuda._core import end_idle_openmp_threads
 from fdg_cuda.cpu_threads import torch_threads
 from fdg_cuda.freed_memory import keep_freed, return_freed
 
@@ -17,9 +18,6 @@ Measured = TypeVar("Measured")
 
 def measured_at_work(measure: Callable[[Callable[[], bool]], Measured]) -> Measured:
     """``measure`` on a thread of its own. One at a time in a process: the next one waits.
-
-    With several intra-op threads the same layers take less time on the thread that built the model than
-    on one of a stage, so that plans made there come out too short.
 
     Args:
         measure: its argument says whether to stop before the end, since nobody wants its result.
@@ -31,6 +29,7 @@ def measured_at_work(measure: Callable[[Callable[[], bool]], Measured]) -> Measu
     with torch_threads:
         previous_threads = torch.get_num_threads()
         keep_freed()  # as in training
+        end_idle_openmp_threads()  # likewise
         try:
             with ThreadPoolExecutor(1) as pool:
                 try:

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor, nn
 
+from fdg_cuda._core import end_idle_openmp_threads
 from fdg_cuda.at_work import measured_at_work
 from fdg_cuda.batches import Batch
 from fdg_cuda.buffers import SavedBuffers
@@ -172,6 +173,7 @@ class _Crew:
         self._threads = threads
 
     def __enter__(self) -> _Crew:
+        end_idle_openmp_threads()  # the stages have the cores to themselves
         for pool in self._pools:
             # One at a time: torch resizes a pool all threads share.
             pool.submit(set_threads_here, self._threads).result()

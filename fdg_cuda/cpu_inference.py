@@ -16,7 +16,7 @@ from torch import nn
 from fdg_cuda._core import Scheduler
 from fdg_cuda.batches import Batch
 from fdg_cuda.chain import check_output
-from fdg_cuda.cpu_threads import set_threads_of_streams
+from fdg_cuda.cpu_threads import Feeding, set_threads_of_streams
 from fdg_cuda.errors import said_where
 from fdg_cuda.forward_only import ForwardLayout, ForwardSchedule
 from fdg_cuda.hops import storages, without_own
@@ -57,6 +57,7 @@ class CpuInference:
         self._ends = ends = _Ends(finish, first)
         self._rerouted = False
         self._schedule = ForwardSchedule(len(parts))
+        self._feeding = Feeding(len(parts) * threads)
         layout = ForwardLayout(len(parts))
         self._scheduler = Scheduler(
             "cpu",
@@ -95,12 +96,13 @@ class CpuInference:
         total: int | None = None
         for tick in count():
             if total is None:
-                batch = next(batches, None)
-                if batch is None:
-                    total = tick
-                else:
-                    # Copies: the loader may refill its tensors.
-                    ends.inputs[tick], ends.targets[tick] = cloned(batch[0]), cloned(batch[1])
+                with self._feeding:
+                    batch = next(batches, None)
+                    if batch is None:
+                        total = tick
+                    else:
+                        # Copies: the loader may refill its tensors.
+                        ends.inputs[tick], ends.targets[tick] = cloned(batch[0]), cloned(batch[1])
             if total is not None and tick >= total + self._schedule.latency:
                 break
             self._program.submit(tick, total)

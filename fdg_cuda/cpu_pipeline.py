@@ -12,7 +12,7 @@ from fdg_cuda.backward_weights import BackwardWeights
 from fdg_cuda.batches import Batch
 from fdg_cuda.chain import check_loss
 from fdg_cuda.cpu_stage import CpuStage
-from fdg_cuda.cpu_threads import set_threads_of_streams
+from fdg_cuda.cpu_threads import Feeding, set_threads_of_streams
 from fdg_cuda.freed_memory import keep_freed, return_freed
 from fdg_cuda.interrupts import Interrupts
 from fdg_cuda.layout import CpuLayout
@@ -64,6 +64,7 @@ class CpuPipeline(Pipeline):
         self._targets: dict[int, Nested] = {}
         keep_freed()  # before the stages' threads start
         self._rerouted = False
+        self._feeding = Feeding(schedule.stages * threads)
         layout = CpuLayout(schedule, mode)
         self._lanes = [Lane(layout.stage_of(i), name) for i, name in enumerate(layout.streams)]
         self._scheduler = Scheduler(

@@ -1,4 +1,4 @@
-"""How many intra-op threads each stage on the CPU computes with."""
+"""How many intra-op threads each stage on the CPU computes with, and the thread that feeds them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,12 @@ import threading
 
 import torch
 
-from fdg_cuda._core import Scheduler
+from fdg_cuda._core import (
+    Scheduler,
+    end_idle_openmp_threads,
+    openmp_threads,
+    set_openmp_threads,
+)
 
 # Held by whoever changes torch's default number of intra-op threads, or relies on it.
 torch_threads = threading.Lock()
@@ -54,3 +59,29 @@ def set_threads_of_streams(scheduler: Scheduler, streams: int, threads: int) -> 
                 scheduler.synchronize()
         finally:
             torch.set_num_threads(previous)
+
+
+class Feeding:
+    """A context manager of the thread that reads and hands over the stages' batches: within it, it
+    computes with the cores that the stages leave, and with one if they leave none. What it has of
+    threads beyond that ends, since they would slow the stages down even idle.
+
+    Args:
+        busy: cores that the stages compute with.
+    """
+
+    def __init__(self, busy: int) -> None:
+        self._busy = busy
+        self._all = self._own = 0
+
+    def __enter__(self) -> None:
+        torch.get_num_threads()  # or the thread's first use of its count resets it to the default
+        self._all = openmp_threads()
+        self._own = max(1, self._all - self._busy)
+        set_openmp_threads(self._own)
+
+    def __exit__(self, *_: object) -> None:
+        if self._own == 1:
+            end_idle_openmp_threads()
+        if openmp_threads() == self._own:  # else the loader has set it
+            set_openmp_threads(self._all)

@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from fdg_cuda._core import FlatSgd
 
 ALIGNMENT_BYTES = 64
+# Of weights, from which on several threads share an update. Less is done as soon as they have met, the
+# more so where they sleep.
+SHARED_FROM_BYTES = 400_000
 DTYPES = {torch.float32: "float32", torch.float64: "float64"}
 
 
@@ -199,6 +202,8 @@ class FlatMemory:
         """The fused update over this memory.
 
         Args:
+            threads: that share it, of the team of whichever thread runs it; where there is little to
+                do, none does.
             hyper: float64 (rows, groups, columns), or (rows, columns) if there is one group; see
                 ``csrc/flat_parameters.h``.
             groups: the parameter group of each parameter; None: there is one.
@@ -207,6 +212,8 @@ class FlatMemory:
 
         The memory, ``hyper`` and ``gain`` must outlive the update.
         """
+        if self.weights[0].nbytes < SHARED_FROM_BYTES:
+            threads = 1
         return FlatSgd(**self.addresses(hyper, groups=groups, gain=gain), threads=threads)
 
     def addresses(

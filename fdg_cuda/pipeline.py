@@ -12,6 +12,7 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import count
 
 import torch
@@ -53,6 +54,7 @@ class Pipeline(ABC):
     _scheduler: Scheduler
     _lanes: list[Lane]  # the scheduler's streams
     _program: Program
+    _feeding: AbstractContextManager[None] = nullcontext()  # in which batches are read and taken in
 
     def __init__(
         self,
@@ -228,11 +230,12 @@ class Pipeline(ABC):
         total: int | None = None
         for tick in count():
             if total is None:
-                batch = self._read(batches)
-                if batch is None:
-                    total = tick
-                else:
-                    self._enter(tick, batch)
+                with self._feeding:
+                    batch = self._read(batches)
+                    if batch is None:
+                        total = tick
+                    else:
+                        self._enter(tick, batch)
             if total is not None and tick >= self._schedule.ticks(total):
                 return
             if self._recorder is not None:

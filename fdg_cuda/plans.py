@@ -121,8 +121,7 @@ class Plan:
             return ""
         return (
             f"The longest of {len(seconds)} stages takes {max(seconds) / mean:.2f} times their mean: "
-            f"capture=True "
-            f"(--capture) plans with cuts inside the children too."
+            f"capture=True (--capture) plans with cuts inside the children too."
         )
 
     @property

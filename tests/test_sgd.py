@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from fdg_cuda import flat
 from fdg_cuda.flat import ALIGNMENT_BYTES, FlatMemory
 
 SHAPES = [(3, 5), (64, 16, 3, 3), (1,), (1000,), (17,), (64, 64)]
@@ -41,8 +42,13 @@ def set_gradients(memory: FlatMemory, copy: int, gradients: list[torch.Tensor | 
 @pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_equals_torch_sgd_bit_for_bit(
-    dtype: torch.dtype, nesterov: bool, copies: int, threads: int
+    dtype: torch.dtype,
+    nesterov: bool,
+    copies: int,
+    threads: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(flat, "SHARED_FROM_BYTES", 0)  # all threads, though there is little to do
     mine, theirs = parameters(dtype), parameters(dtype)
     memory = FlatMemory(mine, copies, 0)
     hyper = hyper_table(nesterov=nesterov)

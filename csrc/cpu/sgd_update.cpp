@@ -7,6 +7,7 @@
 #include <string>
 
 #include "../sgd.h"
+#include "openmp.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -158,15 +159,15 @@ class CopyWork final : public Work {
 
 }  // namespace
 
-FlatSgd::FlatSgd(FlatParameters parameters, int threads)
-    : parameters_(std::move(parameters)), team_(threads) {
+FlatSgd::FlatSgd(FlatParameters parameters, int threads) : parameters_(std::move(parameters)) {
   parameters_.check();
   const int64_t end = parameters_.size();
   stream_stores_ = end * item_size(parameters_.dtype) > kStreamBytes;
 
-  pieces_.resize(static_cast<size_t>(team_.threads()));
+  threads = std::max(1, threads);
+  pieces_.resize(static_cast<size_t>(threads));
   // Divided by place, so that the bounds between threads fall on lines.
-  int64_t share = (end + team_.threads() - 1) / team_.threads();
+  int64_t share = (end + threads - 1) / threads;
   share = std::max(kLine, (share + kLine - 1) / kLine * kLine);
   for (size_t segment = 0; segment < parameters_.segments.size(); ++segment)
     for (int64_t begin = 0; begin < parameters_.segments[segment].size;) {
@@ -216,7 +217,7 @@ void FlatSgd::update_typed(int from, int to, int64_t batch) {
   auto* momentum = reinterpret_cast<T*>(parameters_.momentum);
   const bool past_cache = stream_stores_ && from != to;
   static const UpdateFunction<T> update = best_update<T>();
-  team_.run([&](int thread) {
+  run_on_team(static_cast<int>(pieces_.size()), [&](int thread) {
     for (const Piece& piece : pieces_[thread]) {
       const Segment& segment = parameters_.segments[piece.segment];
       const int64_t at = segment.offset + piece.begin;
@@ -256,7 +257,7 @@ void FlatSgd::copy_weights(int from, int to) {
   const int64_t item = item_size(parameters_.dtype);
   const auto* source = reinterpret_cast<const char*>(parameters_.weights[from]);
   auto* target = reinterpret_cast<char*>(parameters_.weights[to]);
-  team_.run([&](int thread) {
+  run_on_team(static_cast<int>(pieces_.size()), [&](int thread) {
     for (const Piece& piece : pieces_[thread]) {
       const int64_t at = (parameters_.segments[piece.segment].offset + piece.begin) * item;
       std::memcpy(target + at, source + at, static_cast<size_t>(piece.size * item));

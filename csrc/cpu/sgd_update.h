@@ -7,13 +7,13 @@
 
 #include "../action.h"
 #include "../flat_parameters.h"
-#include "fork_join.h"
 
 namespace fdg::cpu {
 
 class FlatSgd : public std::enable_shared_from_this<FlatSgd> {
  public:
-  // Throws std::invalid_argument when a segment or pointer cannot be right.
+  // `threads`: of a team that shares each update. Throws std::invalid_argument when a segment or
+  // pointer cannot be right.
   FlatSgd(FlatParameters parameters, int threads);
 
   // Reads weight copy `from`, writes `to` (they may be the same). Gradients are read where the
@@ -36,7 +36,6 @@ class FlatSgd : public std::enable_shared_from_this<FlatSgd> {
   void copy_weights(int from, int to);
 
   const FlatParameters parameters_;
-  ForkJoin team_;
   std::vector<std::vector<Piece>> pieces_;  // [thread]
   bool stream_stores_ = false;
 };

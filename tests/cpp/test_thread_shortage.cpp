@@ -14,7 +14,6 @@
 #include <system_error>
 
 #include "check.h"
-#include "cpu/fork_join.h"
 #include "tools.h"
 
 namespace {
@@ -33,22 +32,10 @@ extern "C" int pthread_create(pthread_t* thread, const pthread_attr_t* attribute
 namespace fdg::testing {
 namespace {
 
-using cpu::ForkJoin;
-
 struct Shortage {
   explicit Shortage(int left) { threads_left = left; }
   ~Shortage() { threads_left = -1; }
 };
-
-TEST("thread shortage: no helper for a fork join") {
-  const Shortage shortage(0);
-  CHECK_THROWS(std::system_error, "", ForkJoin(2));
-}
-
-TEST("thread shortage: no second helper for a fork join") {
-  const Shortage shortage(1);
-  CHECK_THROWS(std::system_error, "", ForkJoin(4));
-}
 
 TEST("thread shortage: no worker for the third stream") {
   const Shortage shortage(2);

@@ -1,0 +1,88 @@
+"""What the thread that feeds the stages computes with."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+from chains import Batch, batches, mlp
+from versions import runner_of
+
+from fdg_cuda import BatchResult, Callback, FDGRunner
+from fdg_cuda._core import openmp_threads
+from fdg_cuda.cpu_threads import Feeding
+
+pytestmark = pytest.mark.usefixtures("four_torch_threads", "seeded")
+
+
+class Loader:
+    """Notes how many threads it is read with; changes it at the third batch if it is told to."""
+
+    def __init__(self, changes_to: int | None = None) -> None:
+        self.threads: list[int] = []
+        self._changes_to = changes_to
+
+    def __iter__(self) -> Iterator[Batch]:
+        for number, batch in enumerate(batches(4)):
+            if number == 2 and self._changes_to is not None:
+                torch.set_num_threads(self._changes_to)
+            self.threads.append(torch.get_num_threads())
+            yield batch
+
+
+@pytest.mark.parametrize(
+    ("cores", "left"), [(None, 1), (4, 1), (3, 2), (2, 2), (1, 2)]
+)  # two stages have a thread at least
+def test_a_loader_is_read_with_the_cores_that_stages_leave(cores: int | None, left: int) -> None:
+    runner = FDGRunner(mlp(), ["cpu"] * 2, cpu_threads=cores)
+    runner.fit(batches(2))  # which measures the cut
+    for use in (runner.fit, runner.evaluate):
+        loader = Loader()
+        use(loader)
+        # The first batch is looked at before the stages begin.
+        assert loader.threads[1:] == [left] * 3
+        assert torch.get_num_threads() == 4
+
+
+def test_callbacks_have_all_cores() -> None:
+    seen: list[int] = []
+
+    class Look(Callback):
+        def on_batch_end(self, result: BatchResult) -> None:
+            seen.append(torch.get_num_threads())
+
+    runner_of(mlp(), 2).fit(batches(4), callbacks=[Look()])
+    assert seen == [4] * 4
+
+
+def test_what_a_loader_sets_stays() -> None:
+    runner_of(mlp(), 2).fit(Loader(changes_to=3))
+    assert torch.get_num_threads() == 3
+
+
+def test_a_loader_that_fails_leaves_all_cores() -> None:
+    def loader() -> Iterator[Batch]:
+        yield from batches(2)
+        raise OSError("the disk is gone")
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        runner_of(mlp(), 2).fit(loader())
+    assert torch.get_num_threads() == 4
+
+
+@pytest.mark.parametrize(("busy", "ended"), [(4, 3), (1, 1)])
+def test_idle_threads_end_where_stages_need_the_cores(busy: int, ended: int) -> None:
+    torch.ones(1 << 20).add_(1.0)
+    before = os_threads()
+    with Feeding(busy):
+        torch.ones(1 << 20).add_(1.0)
+    assert before - os_threads() == ended
+    torch.ones(1 << 20).add_(1.0)
+    assert os_threads() == before
+    assert openmp_threads() == 4
+
+
+def os_threads() -> int:
+    return len(os.listdir("/proc/self/task"))
