@@ -1,4 +1,4 @@
-"""The options that every benchmark has: ``--quick`` and ``--out``."""
+"""The options of every benchmark that has results of its own: ``--quick`` and ``--out``."""
 
 from __future__ import annotations
 
@@ -29,13 +29,14 @@ def parsed(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> 
     """What was given, with ``out`` the results' own folder if no other is named. A quick run may not
     replace results: it needs another."""
     given = parser.parse_args(arguments)
-    if given.quick and given.out is None:
+    if given.quick and (given.out is None or given.out.resolve() == RESULTS):
         parser.error("--quick measures nothing worth keeping: name another folder with --out")
     given.out = given.out or RESULTS
     return given
 
 
 def settings_of(given: argparse.Namespace, quick: Mapping[str, Any]) -> argparse.Namespace:
-    """All other options, which say what is measured; in a quick run with those of ``quick``."""
+    """All other options, which say what is measured; in a quick run those of ``quick`` instead, whatever
+    was given."""
     settings = {name: value for name, value in vars(given).items() if name not in ("quick", "out")}
     return argparse.Namespace(**settings | (dict(quick) if given.quick else {}))

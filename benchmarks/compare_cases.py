@@ -18,10 +18,12 @@ CLASSES = 10
 
 @dataclass(frozen=True)
 class Model:
-    """A chain and a sample's shape. ``convolutional``: runs in channels_last where the way can."""
+    """A chain, a sample's shape, and what it is, for people. ``convolutional``: runs in channels_last
+    where the way can."""
 
     make: Callable[[], nn.Sequential]
     shape: tuple[int, ...]
+    what: str
     convolutional: bool = False
     batch_norm: bool = False
 
@@ -60,13 +62,23 @@ def tiny() -> nn.Sequential:
 IMAGE = (3, 32, 32)
 MODELS = {
     **{
-        name: Model(partial(models.build, name), IMAGE, convolutional=True, batch_norm=True)
+        name: Model(
+            partial(models.build, name),
+            IMAGE,
+            "32x32 images",
+            convolutional=True,
+            batch_norm=True,
+        )
         for name in ("resnet20", "resnet56", "wrn16-4")
     },
-    "mlp": Model(partial(models.mlp, hidden=(1024,) * 6), IMAGE),
-    "transformer": Model(transformer, (32, 128)),
+    "mlp": Model(
+        partial(models.mlp, hidden=(1024,) * 6),
+        IMAGE,
+        "six hidden layers, 1,024 wide, 32x32 images",
+    ),
+    "transformer": Model(transformer, (32, 128), "six layers, 128 wide, 32 tokens"),
 }
-TINY = {"tiny": Model(tiny, (3, 8, 8), convolutional=True)}
+TINY = {"tiny": Model(tiny, (3, 8, 8), "8x8 images", convolutional=True)}
 EVERY_MODEL = {**MODELS, **TINY}
 
 

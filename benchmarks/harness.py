@@ -18,7 +18,7 @@ import torch
 import fdg_cuda
 from fdg_cuda.files import replacing
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def environment() -> dict[str, Any]:

@@ -48,7 +48,12 @@ def check_fit(epochs: SupportsIndex, lr_step: str) -> int:
     try:
         epochs = operator.index(epochs)
     except TypeError:
-        raise TypeError(f"epochs must be a whole number; got {epochs!r}") from None
+        if not hasattr(epochs, "__len__") or isinstance(epochs, str):
+            raise TypeError(f"epochs must be a whole number; got {epochs!r}") from None
+        raise TypeError(
+            f"epochs must be a whole number; got a {type(epochs).__name__}. fit(loader, epochs) takes "
+            f"batches as a loader that yields pairs (input, target), such as [(x, y)]"
+        ) from None
     if epochs < 0:
         raise ValueError(f"epochs must be 0 or more; got {epochs}")
     if lr_step not in ("epoch", "batch"):

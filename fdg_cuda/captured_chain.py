@@ -14,6 +14,7 @@ from fdg_cuda.errors import ModelCaptureError
 from fdg_cuda.graph_chain import GraphChain
 from fdg_cuda.graph_stage import GraphStage
 from fdg_cuda.model_chain import ModelChain, check_own_hooks
+from fdg_cuda.names import counted
 from fdg_cuda.nested import Nested
 from fdg_cuda.torch_facts import has_hooks
 
@@ -76,7 +77,7 @@ class CapturedChain(ModelChain):
         count = len(self._graph)
         if count < stages:
             raise ModelCaptureError(
-                f"the model can be cut into {count} piece{'s' if count > 1 else ''} at most, too few "
+                f"the model can be cut into {counted(count, 'piece')} at most, too few "
                 f"for {stages} stages: "
                 f"{self._graph.what_forbids_cuts() or 'its forward makes no more calls'}"
             )

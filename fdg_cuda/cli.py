@@ -240,6 +240,8 @@ def _verdict(outcome: Outcome) -> int:
             kept = "no finite weights were reached to be written"
         _complain(f"{outcome.message} {finished}; {kept}.")
         return FAILED
+    if outcome.message:
+        _complain(outcome.message, "")
     return 0
 
 

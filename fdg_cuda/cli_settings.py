@@ -21,7 +21,7 @@ class Given:
     Attributes:
         config: the file of ``--config``.
         resume: whether to go on from a checkpoint.
-        overwrite: whether to delete the checkpoints of an unfinished run.
+        overwrite: whether to replace a run of other settings, or an unfinished one.
         words: the options that stand on it, by field name, as they were read.
     """
 
@@ -79,7 +79,7 @@ def takes_settings(command: Callable[[Given], None]) -> Callable[..., None]:
     )
     overwrite = typer.Option(
         "--overwrite",
-        help="Begin anew although --out holds the checkpoints of an unfinished run.",
+        help="Begin anew although --out holds an unfinished run, or one with other settings.",
         rich_help_panel=CHECKPOINTS,
     )
     parameters = [

@@ -83,6 +83,7 @@ class CpuInference:
 
     def close(self) -> None:
         """End all streams. What has not begun is dropped."""
+        self._feeding.end()
         self._scheduler.close()
         if self._rerouted:
             restore_generator()

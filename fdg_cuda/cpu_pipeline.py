@@ -64,7 +64,7 @@ class CpuPipeline(Pipeline):
         self._targets: dict[int, Nested] = {}
         keep_freed()  # before the stages' threads start
         self._rerouted = False
-        self._feeding = Feeding(schedule.stages * threads)
+        self._feeding: Feeding = Feeding(schedule.stages * threads)
         layout = CpuLayout(schedule, mode)
         self._lanes = [Lane(layout.stage_of(i), name) for i, name in enumerate(layout.streams)]
         self._scheduler = Scheduler(
@@ -87,6 +87,7 @@ class CpuPipeline(Pipeline):
             raise
 
     def close(self) -> None:
+        self._feeding.end()
         super().close()
         if self._rerouted:
             restore_generator()

@@ -63,8 +63,8 @@ def set_threads_of_streams(scheduler: Scheduler, streams: int, threads: int) -> 
 
 class Feeding:
     """A context manager of the thread that reads and hands over the stages' batches: within it, it
-    computes with the cores that the stages leave, and with one if they leave none. What it has of
-    threads beyond that ends, since they would slow the stages down even idle.
+    computes with the cores that the stages leave, and with one if they leave none. Its idle threads
+    end, which would slow the stages down. What the MKL computes goes by torch's count all the same.
 
     Args:
         busy: cores that the stages compute with.
@@ -72,16 +72,24 @@ class Feeding:
 
     def __init__(self, busy: int) -> None:
         self._busy = busy
-        self._all = self._own = 0
+        self._own = 0
+        self._all = 0  # that it had before; 0: it has them
 
     def __enter__(self) -> None:
         torch.get_num_threads()  # or the thread's first use of its count resets it to the default
-        self._all = openmp_threads()
-        self._own = max(1, self._all - self._busy)
+        threads = openmp_threads()
+        self._own = max(1, threads - self._busy)
+        self._all = threads
         set_openmp_threads(self._own)
 
     def __exit__(self, *_: object) -> None:
-        if self._own == 1:
+        if self._own < self._all:
             end_idle_openmp_threads()
-        if openmp_threads() == self._own:  # else the loader has set it
+        self.end()
+
+    def end(self) -> None:
+        """Give the thread back what it had, if an interrupt on the way in or out left it without."""
+        # Else the loader has set it; to the same number it cannot.
+        if self._all and openmp_threads() == self._own:
             set_openmp_threads(self._all)
+        self._all = 0

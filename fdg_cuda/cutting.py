@@ -11,6 +11,7 @@ from fdg_cuda.costs import LayerCost
 from fdg_cuda.cut_search import Search
 from fdg_cuda.errors import CutMemoryError
 from fdg_cuda.hardware import DeviceSpec, Link
+from fdg_cuda.names import counted
 from fdg_cuda.schedule import Schedule
 from fdg_cuda.stage_memory import SGD_STATE, Holding, StageMemory, stage_memory
 
@@ -160,7 +161,8 @@ class _Problem:
         names = [f"backward_weights={other.value!r}" for other in fitting]
         ways = f"{' or '.join(names)} would fit, or try" if names else "Try"
         return CutMemoryError(
-            f"no cut of these {len(self.costs)} layers into {self.schedule.stages} stages fits into "
+            f"no cut of these {len(self.costs)} layers into "
+            f"{counted(self.schedule.stages, 'stage')} fits into "
             f"memory with backward_weights={mode.value!r}. In the one that lacks least, split={split}, "
             f"{run.title} on {run.device} would need {_said(total)} ({_said(batches)} for batches in "
             f"flight, {_said(total - batches)} for weights and what belongs to them), {_said(shortage)} "

@@ -68,6 +68,10 @@ class ImageTensors(Dataset[tuple[Tensor, int]]):
     def __len__(self) -> int:
         return len(self.images)
 
+    def __repr__(self) -> str:
+        shape = "x".join(map(str, self.images.shape[1:]))
+        return f"{type(self).__name__}({len(self)} images of {shape}, augment={self.augment})"
+
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self._normalised(self.images[index]), int(self.labels[index])
 

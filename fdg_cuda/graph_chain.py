@@ -15,6 +15,7 @@ from torch import nn
 from fdg_cuda.call_form import InputForm
 from fdg_cuda.errors import ModelCaptureError
 from fdg_cuda.graph_stage import Carried, GraphStage, Stretch
+from fdg_cuda.names import first_of
 from fdg_cuda.torch_facts import keeps_state
 from fdg_cuda.trace import Call, ModuleCall, Ref, TensorInfo, Trace, leaves, sizes_needed
 
@@ -120,8 +121,10 @@ class GraphChain:
         names = [path for path, _ in self.model.named_modules() if path]
         if name not in names:
             close = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
-            nearest = f"; the nearest names are {', '.join(close)}" if close else ""
-            raise ModelCaptureError(f"the model has no submodule {name!r} to cut before{nearest}")
+            known = f"its submodules are {first_of(names)}" if names else "it has none"
+            if close:
+                known = f"the nearest names are {', '.join(close)}"
+            raise ModelCaptureError(f"the model has no submodule {name!r} to cut before; {known}")
         at = next((i for i, call in enumerate(self._calls) if _runs_in(call, name)), None)
         if at is None:
             raise ModelCaptureError(f"cannot cut before {name}: {self._why_not_run(name)}")

@@ -10,11 +10,9 @@ from torch import nn
 
 from fdg_cuda.chain import check_shared
 from fdg_cuda.model_chain import ModelChain, check_own_hooks
-from fdg_cuda.names import did_you_mean
+from fdg_cuda.names import counted, did_you_mean, first_of
 from fdg_cuda.nested import Nested
 from fdg_cuda.split import check_split
-
-MOST_NAMED = 8  # children in one message
 
 
 class LayerChain(ModelChain):
@@ -36,6 +34,10 @@ class LayerChain(ModelChain):
         """The layers are known without."""
 
     @property
+    def has_cuts_inside(self) -> bool:
+        return any(next(layer.children(), None) is not None for layer in self._layers)
+
+    @property
     def layers(self) -> Sequence[nn.Module]:
         return self._layers
 
@@ -47,9 +49,9 @@ class LayerChain(ModelChain):
         count = len(self._layers)
         if count < stages:
             raise ValueError(
-                f"the chain has {count} layers, too few for {stages} stages; "
-                f"give at most {count} devices, a model with more children, or "
-                f"capture=True (--capture), which cuts inside of them"
+                f"the model has {counted(count, 'child', 'children')}, too few for {stages} stages; "
+                f"give at most {counted(count, 'device')}, a model with more children, or capture=True "
+                f"(--capture), which cuts inside of them"
             )
 
     def cut_at(self, point: str) -> int:
@@ -62,9 +64,8 @@ class LayerChain(ModelChain):
                 f"split_points: {point!r} lies inside of {child!r}, and an nn.Sequential is cut between "
                 f"its children only, unless capture=True; the nearest is {child!r}"
             )
-        shown = ", ".join(names[:MOST_NAMED]) + (", ..." if len(names) > MOST_NAMED else "")
         raise ValueError(
-            f"split_points: the model has no child {point!r}; its children are {shown}."
+            f"split_points: the model has no child {point!r}; its children are {first_of(names)}."
             f"{did_you_mean(point, names)}"
         )
 

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from fdg_cuda.nested import Nested
 
+LABELS = (torch.int64, torch.uint8)  # their dtypes
 IGNORED_LABEL = -100  # torch's
 
 
@@ -150,7 +151,8 @@ def cross_entropy(output: Tensor, target: Tensor) -> Tensor:
     Raises:
         TypeError: output or target is not one tensor.
         ValueError: the output has one column, of which the cross entropy is always 0, or fewer than
-            there are classes (on the CPU; a CUDA device stops with an assertion of its own).
+            there are classes (on the CPU; a CUDA device stops with an assertion of its own); or the
+            target has no shape or dtype that goes with the output.
     """
     if not (isinstance(output, Tensor) and isinstance(target, Tensor)):
         raise TypeError(
@@ -174,4 +176,14 @@ def cross_entropy(output: Tensor, target: Tensor) -> Tensor:
             f"the model's output has shape {tuple(output.shape)}, {classes} classes, and the labels go "
             f"from {int(labels.min())} to {int(labels.max())}; they must lie between 0 and "
             f"{classes - 1}: give the model an output per class, and number the classes from 0"
+        ) from error
+    except (RuntimeError, ValueError) as error:  # torch's say little of what would do instead
+        whole = target.dtype in LABELS and target.shape == output.shape[:1] + output.shape[2:]
+        shares = target.is_floating_point() and target.shape == output.shape
+        if whole or shares:
+            raise
+        raise ValueError(
+            f"the default loss is the cross entropy of an output (N, classes, ...) and whole labels (N, "
+            f"...), or floating shares of the output's shape; got {output.dtype} {tuple(output.shape)} "
+            f"and {target.dtype} {tuple(target.shape)} ({error}). Give such targets, or loss_fn="
         ) from error

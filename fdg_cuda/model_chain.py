@@ -50,6 +50,11 @@ class ModelChain(ABC):
         """
 
     @property
+    def has_cuts_inside(self) -> bool:
+        """Whether there are modules within the layers, between which capturing would cut."""
+        return False
+
+    @property
     @abstractmethod
     def layers(self) -> Sequence[nn.Module]:
         """The finest parts there are, to be measured."""

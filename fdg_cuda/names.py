@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 
@@ -13,6 +13,16 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
     by_lower = {entry.lower(): entry for entry in known}
     near = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.4)
     return by_lower[near[0]] if near else None
+
+
+def counted(number: int, thing: str, several: str = "") -> str:
+    """``1 stage``, ``2 stages``."""
+    return f"{number} {thing if number == 1 else several or f'{thing}s'}"
+
+
+def first_of(names: Sequence[str], most: int = 8) -> str:
+    """So many of them, for a message."""
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -63,14 +63,23 @@ def make_plan(options: PlanOptions, console: Console) -> Plan:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         sample = sample.contiguous(memory_format=torch.channels_last)
     with console.status("building the model") as status:
-        return plan(
-            model,
-            sample,
-            options.devices,
-            target=target,
-            hardware=options.hardware,
-            backward_weights=options.backward_weights,
-            precision=options.precision,
-            capture=options.capture,
-            on_progress=status.update,
-        )
+        try:
+            return plan(
+                model,
+                sample,
+                options.devices,
+                target=target,
+                hardware=options.hardware,
+                backward_weights=options.backward_weights,
+                precision=options.precision,
+                capture=options.capture,
+                on_progress=status.update,
+            )
+        except RuntimeError as error:
+            if type(error) is not RuntimeError:
+                raise
+            # A layer's of torch, which says nothing of options.
+            raise RuntimeError(
+                f"{error} (given was a batch of {options.batch_size} images of {options.image}; --image "
+                f"and --classes say what the model takes)"
+            ) from error

@@ -58,6 +58,7 @@ def renderables(plan: Plan) -> Iterator[RenderableType]:
     if plan.recommended is not None:
         yield stages_table(plan.recommended)
         yield f"recommended: {call(plan.recommended, capture=plan.capture)}"
+        yield from _doubts_of(plan, plan.recommended)
         if plan.advice:
             yield plan.advice
         delay = 2 * (len(plan.recommended.stages) - 1)
@@ -68,6 +69,24 @@ def renderables(plan: Plan) -> Iterator[RenderableType]:
             )
     if plan.doubt:
         yield f"WARNING: {plan.doubt}"
+
+
+def _doubts_of(plan: Plan, choice: Choice) -> Iterator[str]:
+    """What else one would do, where that is as good."""
+    stages = len(choice.stages)
+    if stages == 1 and any(row.choice and row.stages > 1 for row in plan.rows):
+        yield "That is plain training: no number of stages is predicted to be worth its delay here."
+    elif (
+        stages > 1
+        and choice.data_parallel_fits
+        and choice.data_parallel_seconds < choice.tick_seconds
+    ):
+        yield (
+            f"Data parallelism, with a batch of {plan.batch_size} for each of the {stages} devices and "
+            f"without delays, is predicted to be faster: "
+            f"{times(plan.speed_up(choice.data_parallel_seconds))}, "
+            f"{times(plan.speed_up(choice.tick_seconds))} here."
+        )
 
 
 def as_text(plan: Plan) -> str:
@@ -105,13 +124,13 @@ def stages_table(choice: Choice) -> Any:
 
 
 def call(choice: Choice, *, capture: bool = False) -> str:
-    """How a runner is made for ``choice``, devices aside."""
+    """How a runner is made for ``choice``; CUDA devices are for the reader to fill in."""
     split = f", split={list(choice.split)}" if choice.split else ""
     captured = ", capture=True" if capture and choice.split else ""
-    return (
-        f"FDGRunner(model, devices=[...{len(choice.stages)} of them]{split}{captured}, "
-        f"backward_weights={choice.mode!r})"
-    )
+    on_cpu = all(stage.device == "cpu" for stage in choice.stages)
+    devices = ["cpu"] * len(choice.stages) if on_cpu else f"[...{len(choice.stages)} of them]"
+    weights = f", backward_weights={choice.mode!r}" if choice.split else ""
+    return f"FDGRunner(model, devices={devices}{split}{captured}{weights})"
 
 
 def write_plan(plan: Plan, folder: Path, command: str) -> list[Path]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from fdg_cuda.backward_weights import BackwardWeights
 from fdg_cuda.batches import Batch
 from fdg_cuda.devices import Device
+from fdg_cuda.errors import said_where
 from fdg_cuda.hardware_file import Hardware
-from fdg_cuda.layer_chain import LayerChain
 from fdg_cuda.layer_times import anew
 from fdg_cuda.metrics import cross_entropy
 from fdg_cuda.model_chain import ModelChain
+from fdg_cuda.names import counted
 from fdg_cuda.nested import Nested, check_nested, sample_count, tensors
 from fdg_cuda.pipeline import LossFunction
 from fdg_cuda.plan_places import find_places
@@ -77,31 +78,31 @@ def plan(
     chain = chain_of(model, capture=capture)
     parsed = parse_precision(precision, chain.model)
     batch, loss = _batch(sample, target, loss_fn)
-    with anew(), _as_trained(chain):
+    with anew(), _as_trained(chain), _perhaps_a_batch(sample, target):
         on_progress("running the model on the sample")
         lay_out(chain, sample, parsed)
         planner = Planner(chain, batch, loss, places, parsed)
         most = min(len(places.devices), 1 + len(chain.allowed_cuts()))
         rows = []
         for stages in numbers_of_stages(most):
-            on_progress(f"planning {stages} stage{'s' if stages > 1 else ''}")
+            on_progress(f"planning {counted(stages, 'stage')}")
             rows.append(planner.row(stages, modes))
         bp_seconds = planner.bp_seconds(most)
     return Plan(
         rows=tuple(rows),
-        recommended=_recommended(rows),
+        recommended=_recommended(rows, bp_seconds),
         bp_seconds=bp_seconds,
         batch_size=sample_count(sample),
         layers=len(chain.layers),
         fastest_speed=places.fastest_speed,
         note=planner.note,
         capture=capture,
-        between_children=isinstance(chain, LayerChain)
-        and any(next(child.children(), None) is not None for child in chain.layers),
+        between_children=chain.has_cuts_inside,
     )
 
 
-def _recommended(rows: Sequence[Row]) -> Choice | None:
+def _recommended(rows: Sequence[Row], bp_seconds: float) -> Choice | None:
+    """The fastest that is worth its stages; more than one have to be faster than BP, too."""
     best: Choice | None = None
     for row in rows:
         choice = row.choice
@@ -111,7 +112,10 @@ def _recommended(rows: Sequence[Row]) -> Choice | None:
             best = choice
             continue
         more = len(choice.stages) - len(best.stages)
-        if best.tick_seconds > choice.tick_seconds * WORTH_A_STAGE**more:
+        seconds = best.tick_seconds
+        if len(best.stages) == 1:
+            seconds = min(seconds, bp_seconds)
+        if seconds > choice.tick_seconds * WORTH_A_STAGE**more:
             best = choice
     return best
 
@@ -127,6 +131,15 @@ def _as_trained(chain: ModelChain) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+def _perhaps_a_batch(sample: Nested, target: Nested) -> AbstractContextManager[None]:
+    """Where the model refuses a sample in it that may have been meant as a batch, that is said."""
+    if target is None and isinstance(sample, (tuple, list)) and len(sample) == 2:
+        return said_where(
+            "a plan whose sample is a pair; for a batch (x, y): plan(model, x, target=y)"
+        )
+    return nullcontext()
 
 
 def _modes(only: str | None) -> list[BackwardWeights]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fdg_cuda.timeline import Timeline
+from fdg_cuda.uneven import CUTS_INSIDE, longest_in_means, said_of_uneven
 
 # Times the mean: beyond it a stage's time is worth a cut inside the children.
 UNEQUAL = 1.05
+LEAST_SECONDS = 1e-3  # of a stage; less is measured too roughly for that
 # Times the number of stages: beyond it is no cache effect any more.
 MOST_SPEED_UP = 1.25
 
@@ -55,7 +57,7 @@ class Choice:
     ddg_seconds: float
     data_parallel_seconds: float
     data_parallel_fits: bool
-    timeline: Timeline
+    timeline: Timeline = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -116,13 +118,10 @@ class Plan:
             # That more are not worth it may be due to how they are cut.
             choice = min(several, key=lambda each: each.tick_seconds)
         seconds = [stage.seconds for stage in choice.stages]
-        mean = sum(seconds) / len(seconds)
-        if max(seconds) <= UNEQUAL * mean:
+        if longest_in_means(seconds) <= UNEQUAL or max(seconds) < LEAST_SECONDS:
             return ""
-        return (
-            f"The longest of {len(seconds)} stages takes {max(seconds) / mean:.2f} times their mean: "
-            f"capture=True (--capture) plans with cuts inside the children too."
-        )
+        said = said_of_uneven(seconds)
+        return f"{said[0].upper()}{said[1:]}: {CUTS_INSIDE}."
 
     @property
     def doubt(self) -> str:

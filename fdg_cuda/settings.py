@@ -71,7 +71,12 @@ class Settings:
         "package.module:function, which makes yours.",
     )
     data: str = option("digits", WHAT, "digits, fashion-mnist, cifar10 or cifar100.")
-    data_root: str | None = option(None, WHAT, "Folder of the data.", shown="./data")
+    data_root: str | None = option(
+        None,
+        WHAT,
+        "Folder of the data; fashion-mnist is looked for where Debian has it, too.",
+        shown="./data",
+    )
     download: bool = option(False, WHAT, "Download missing data.")
     devices: tuple[int | str, ...] | None = option(
         None,

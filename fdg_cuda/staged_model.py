@@ -21,8 +21,12 @@ from fdg_cuda.pipeline import LossFunction
 from fdg_cuda.precision import Precision
 from fdg_cuda.split import check_cuts
 from fdg_cuda.stage import Stage
+from fdg_cuda.uneven import CUTS_INSIDE, longest_in_means, said_of_uneven
 
 logger = logging.getLogger("fdg_cuda")
+
+FAR_FROM_EVEN = 1.25  # of the longest stage, in times the mean
+LEAST_SECONDS = 5e-3  # of a stage; less is measured too roughly to warn of it
 
 Model = nn.Module | Sequence[nn.Module]
 
@@ -168,7 +172,19 @@ class StagedModel:
             if not self.stages:
                 self._cut(kept["split"])
         if not self.stages:
-            self._cut(self._machine.best_cut(self.chain, batches.first(), loss_fn).split)
+            cut = self._machine.best_cut(self.chain, batches.first(), loss_fn)
+            self._cut(cut.split)
+            self._warn_if_uneven(cut.stage_seconds)
+
+    def _warn_if_uneven(self, seconds: Sequence[float]) -> None:
+        if max(seconds) < LEAST_SECONDS or longest_in_means(seconds) < FAR_FROM_EVEN:
+            return
+        logger.warning(
+            "%s (cut at %s), and all wait for it: %s",
+            said_of_uneven(seconds),
+            ", ".join(self.split_points or []),
+            CUTS_INSIDE if self.chain.has_cuts_inside else "it cannot be cut elsewhere",
+        )
 
     def _check_pieces(self, theirs: int | None) -> None:
         ours = self.chain.pieces

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import time
 from collections.abc import Iterator, Sequence
@@ -22,7 +21,7 @@ from fdg_cuda.devices import parse_devices
 from fdg_cuda.errors import CheckpointError, NonFiniteLossError, TrainingStopped
 from fdg_cuda.metrics import EpochResult
 from fdg_cuda.model_names import find_model, is_convolutional
-from fdg_cuda.options import options_of
+from fdg_cuda.names import counted
 from fdg_cuda.progress import make_progress
 from fdg_cuda.report import (
     EpochRow,
@@ -35,7 +34,8 @@ from fdg_cuda.report import (
 )
 from fdg_cuda.reporting import Reporting
 from fdg_cuda.runner import FDGRunner
-from fdg_cuda.settings import GRAPHS, WITHOUT_EFFECT, Settings
+from fdg_cuda.same_run import RECORD, check_folder, differences, free_folder, with_effect
+from fdg_cuda.settings import GRAPHS, Settings
 from fdg_cuda.stage_log import StageLog
 from fdg_cuda.tensorboard import TensorBoard
 from fdg_cuda.timeline import Timeline
@@ -47,6 +47,7 @@ MOST_STAGES_MEANT = 16  # a single device of a higher number is no number of sta
 
 # In the folder of the results.
 TENSORBOARD, STAGES, TRACE, PICTURE = "tensorboard", "stages.csv", "trace.json", "trace.png"
+CHECKPOINTS = "checkpoints"
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Outcome:
         seconds: from the first batch to the last epoch's test.
         files: what was written, in ``settings.out``.
         settings: with the split that was used.
-        message: why a run diverged or was stopped.
+        message: why a run diverged or was stopped, or had nothing to do.
     """
 
     status: str
@@ -76,7 +77,8 @@ class Training:
 
     Args:
         settings: what to train and how.
-        resume, overwrite: see :class:`~fdg_cuda.Checkpoints`.
+        resume: see :class:`~fdg_cuda.Checkpoints`.
+        overwrite: see there; a finished run with other settings is replaced too.
 
     Raises:
         ValueError, TypeError, ImportError, OSError, RuntimeError: settings that cannot work here;
@@ -86,6 +88,7 @@ class Training:
     def __init__(
         self, settings: Settings, *, resume: bool = False, overwrite: bool = False
     ) -> None:
+        named = settings.out
         settings = settings.completed(threads=torch.get_num_threads())
         if resume and not settings.checkpoints:
             raise ValueError("--resume and --no-checkpoints exclude each other; give one")
@@ -93,8 +96,6 @@ class Training:
         parsed = _parsed(devices)  # before the data, which may take long to load
         lr_schedule.check_name(settings.lr_schedule)
         named_optimizer.check(settings)
-        self.out = Path(str(settings.out))
-        self._board = TensorBoard(self.out / TENSORBOARD) if settings.tensorboard else None
         spec = data.load(settings.data, settings.data_root, download=settings.download)
         torch.set_num_threads(threads)
         torch.manual_seed(settings.seed)
@@ -108,6 +109,9 @@ class Training:
             settings = replace(settings, channels_last=is_convolutional(self.model))
         if settings.channels_last:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.out = _folder(settings, named, resume, overwrite)
+        settings = replace(settings, out=str(self.out))
+        self._board = TensorBoard(self.out / TENSORBOARD) if settings.tensorboard else None
         self._train = data.BatchLoader(
             spec.train,
             settings.batch_size,
@@ -148,6 +152,7 @@ class Training:
         self._settings = settings
         self._rows: list[EpochRow] = []
         self._saved_rows = 0
+        self._rows_before = 0  # of a run that was gone on with
         self._files: list[str] = []
         self._make_folder()
         self._stage_log = None
@@ -156,7 +161,7 @@ class Training:
         self._checkpoints = None
         if settings.checkpoints:
             self._checkpoints = Checkpoints(
-                self.out / "checkpoints",
+                self.out / CHECKPOINTS,
                 every=settings.checkpoint_every,
                 keep=settings.keep,
                 resume=resume,
@@ -173,12 +178,7 @@ class Training:
     @property
     def resumable(self) -> bool:
         """Whether there are checkpoints to go on from."""
-        if self._checkpoints is None:
-            return False
-        try:
-            return bool(CheckpointFolder(self._checkpoints.folder).files())
-        except OSError:
-            return False
+        return self._checkpoints is not None and _has_checkpoints(self.out)
 
     def run(self, console: Console) -> Outcome:
         """Train to the end, or until Ctrl-C or a loss that is not finite, and write the files.
@@ -214,6 +214,8 @@ class Training:
         except NonFiniteLossError as error:
             status, message = "diverged", str(error)
         seconds = time.perf_counter() - begin
+        if self._rows_before >= settings.epochs:
+            message = f"nothing was left to train: the run in {self.out} has all its epochs"
         # The files of an epoch belong together; half an epoch more has no row in metrics.csv.
         if self._saved_rows < max(1, len(self._rows)):
             self._save()
@@ -263,7 +265,10 @@ class Training:
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps of the run: its settings and rows."""
-        return {"settings": self._with_effect(), "rows": [asdict(row) for row in self._rows]}
+        return {
+            "settings": with_effect(self._settings),
+            "rows": [asdict(row) for row in self._rows],
+        }
 
     def check_settings(self, theirs: dict[str, Any]) -> None:
         """Whether the settings in what :meth:`state_dict` gave are those of this run.
@@ -271,35 +276,19 @@ class Training:
         Raises:
             CheckpointError: they were others.
         """
-        ours, table = self._with_effect(), options_of(Settings)
-        # A setting that is newer than the checkpoint had its default.
-        theirs = {**{name: table[name].default for name in ours.keys() - theirs.keys()}, **theirs}
-        different = [
-            f"{table[name].flag if name in table else name} was {_word(theirs.get(name))} and is "
-            f"{_word(ours.get(name))} now"
-            for name in dict.fromkeys((*table, *theirs))  # the model first, which decides others
-            if theirs.get(name) != ours.get(name)
-        ]
+        different = differences(with_effect(self._settings), theirs)
         if different:
+            longer = " (a schedule follows from the number of epochs)" * ("--epochs" in different)
             raise CheckpointError(
-                f"the run had other settings: {'; '.join(different)}. Give the same to go on, or "
-                f"begin anew with another --out or --overwrite"
+                f"the run had other settings: {different}{longer}. Give the same to go on, or begin "
+                f"anew with another --out or --overwrite"
             )
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what :meth:`state_dict` gave, with the same settings."""
         self._rows = [EpochRow(**row) for row in state["rows"]]
+        self._rows_before = len(self._rows)
         self._saved_rows = len(self._rows)
-
-    def _with_effect(self) -> dict[str, Any]:
-        """As JSON gives them back. The cut is the runner's to compare."""
-        kept = {
-            name: value
-            for name, value in asdict(self._settings).items()
-            if name not in (*WITHOUT_EFFECT, "split")
-        }
-        plain: dict[str, Any] = json.loads(json.dumps(kept))
-        return plain
 
     def summary(self, outcome: Outcome) -> dict[str, str]:
         """What was trained and how it went, as short texts."""
@@ -361,7 +350,7 @@ class Training:
         if finite(weights):
             save_weights(self._file("weights.safetensors"), weights, self._metadata)
         write_metrics(self._file("metrics.csv"), self._rows)
-        write_settings(self._file("settings.json"), self._record())
+        write_settings(self._file(RECORD), self._record())
         self._saved_rows = len(self._rows)
 
     def _file(self, name: str) -> Path:
@@ -384,8 +373,33 @@ class Training:
     def _title(self) -> str:
         settings = self.settings
         stages = len(settings.devices or ())
-        plural = "s" if stages != 1 else ""
-        return f"{settings.model} on {settings.data}, {settings.method} in {stages} stage{plural}"
+        return (
+            f"{settings.model} on {settings.data}, {settings.method} in {counted(stages, 'stage')}"
+        )
+
+
+def _folder(settings: Settings, named: str | None, resume: bool, overwrite: bool) -> Path:
+    """Where the run is kept: in the folder that was ``named``, else in one in which nothing is lost.
+
+    Raises:
+        ValueError: in the one that was named something would be.
+    """
+    folder = Path(str(settings.out))
+    if overwrite or (resume and named is not None and _has_checkpoints(folder)):
+        return folder
+    if named is not None:
+        check_folder(folder, settings)
+        return folder
+    free = free_folder(folder, settings)
+    # Without any run to go on with, that of the first folder refuses by name.
+    return folder if resume and _has_checkpoints(folder) and not _has_checkpoints(free) else free
+
+
+def _has_checkpoints(folder: Path) -> bool:
+    try:
+        return bool(CheckpointFolder(folder / CHECKPOINTS).files())
+    except OSError:
+        return False
 
 
 def _parsed(devices: Sequence[int | str]) -> list[torch.device]:
@@ -402,11 +416,6 @@ def _parsed(devices: Sequence[int | str]) -> list[torch.device]:
                 f"{stages}"
             ) from None
         raise
-
-
-def _word(value: Any) -> str:
-    """A setting as JSON has it, as on a command line if it is a list."""
-    return (",".join(map(str, value)) or "''") if isinstance(value, list) else str(value)
 
 
 def _skipped(rows: Sequence[EpochRow]) -> str:

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("one_torch_thread", "seeded", "no_thread_le
 
 
 def test_fewer_layers_than_stages() -> None:
-    with refused(ValueError, "3 layers", "4 stages", "at most 3 devices"):
+    with refused(ValueError, "3 children", "4 stages", "at most 3 devices"):
         runner_of(chain(inner=[]), 4)
 
 

@@ -370,6 +370,8 @@ def test_names_to_cut_before() -> None:
     assert [chain.cut_at(name) for name in ("down.2", "bottom.0")] == sorted(
         chain.cut_at(name) for name in ("down.2", "bottom.0")
     )
+    with pytest.raises(ModelCaptureError, match=r"no submodule 'xyz' .*; its submodules are "):
+        chain.cut_at("xyz")
     with pytest.raises(ModelCaptureError, match=r"no submodule 'buttom'.*bottom"):
         chain.stages(["buttom"])
     with pytest.raises(ModelCaptureError, match="cannot cut before down: it begins the model"):

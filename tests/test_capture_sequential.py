@@ -72,7 +72,7 @@ def test_delayed_gradients_are_those_of_the_same_cut_by_hand(method: str) -> Non
 
 
 def test_more_stages_than_children() -> None:
-    with pytest.raises(ValueError, match=r"2 layers, too few for 5 stages.*capture=True"):
+    with pytest.raises(ValueError, match=r"2 children, too few for 5 stages.*capture=True"):
         FDGRunner(nested(), ["cpu"] * 5)
     with pytest.raises(ValueError, match=r"inside of '0'.*unless capture=True"):
         FDGRunner(nested(), ["cpu"] * 2, split_points=["0.2"])

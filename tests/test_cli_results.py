@@ -17,10 +17,9 @@ from commands import MLP, PINNED, Cli, check_files, metrics, start
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from fdg_cuda import FDGRunner, data, models
+from fdg_cuda import FDGRunner, data, models, train
 from fdg_cuda.batches import Loader
 from fdg_cuda.metrics import Evaluation
-from fdg_cuda.train import Training
 
 # -- the files of a run ---------------------------------------------------------------------------
 
@@ -45,25 +44,6 @@ def test_the_same_command_gives_the_same_bytes_in_two_processes(tmp_path: Path) 
     assert stored["data"] == "digits"
     assert stored["seed"] == "7"
     assert "version" in stored
-
-
-def test_a_folder_is_written_over_and_its_settings_repeat_the_run(
-    run_cli: Cli, tmp_path: Path
-) -> None:
-    out = tmp_path / "out"
-    assert run_cli(f"{MLP} --epochs 1 --seed 3 --out out") == 0
-    assert run_cli(f"{MLP} --epochs 2 --milestones '' --out out") == 0
-    before = (out / "weights.safetensors").read_bytes()
-    assert len(metrics(out)) == 2
-    check_files(out, "mlp")
-    settings = json.loads((out / "settings.json").read_text())
-    assert settings["settings"]["split"] is not None
-    assert settings["settings"]["threads"] >= 1
-    words = settings["command"].removeprefix("fdg-cuda ")
-    assert "--split" in words
-    (out / "weights.safetensors").unlink()
-    assert run_cli(words) == 0
-    assert (out / "weights.safetensors").read_bytes() == before
 
 
 def test_the_weights_file_scores_what_the_metrics_say(run_cli: Cli, tmp_path: Path) -> None:
@@ -94,11 +74,6 @@ def test_options_reach_the_run(
     words = shlex.split(options)
     assert all(word in shlex.split(written) for word in words)
     assert "method" in capfd.readouterr().out
-
-
-def test_the_default_folder_tells_what_was_trained(run_cli: Cli, tmp_path: Path) -> None:
-    assert run_cli(f"{MLP} --epochs 1 --method bp") == 0
-    check_files(tmp_path / "runs" / "digits-mlp-bp-k2", "mlp")
 
 
 # -- how a run can end ----------------------------------------------------------------------------
@@ -246,12 +221,12 @@ def test_going_on_with_other_settings_names_them(
 def test_a_setting_newer_than_the_checkpoint_had_its_default(
     run_cli: Cli, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, known = f"{MLP} --epochs 1 --batch-size 512 --out out", Training._with_effect
+    run, known = f"{MLP} --epochs 1 --batch-size 512 --out out", train.with_effect
     with monkeypatch.context() as patch:
         patch.setattr(
-            Training,
-            "_with_effect",
-            lambda self: {k: v for k, v in known(self).items() if k != "capture"},
+            train,
+            "with_effect",
+            lambda settings: {k: v for k, v in known(settings).items() if k != "capture"},
         )
         assert run_cli(run) == 0
     assert run_cli(f"{run} --resume") == 0

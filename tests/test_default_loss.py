@@ -43,6 +43,34 @@ def test_labels_that_are_no_classes(shape: tuple[int, ...], labels: object, foun
         cross_entropy(torch.randn(shape), torch.tensor(labels))
 
 
+@pytest.mark.parametrize(
+    ("shape", "target"),
+    [
+        ((2, 3), torch.zeros(2, 1, dtype=torch.long)),
+        ((2, 3), torch.zeros(2)),
+        ((2, 3), torch.zeros(2, dtype=torch.int32)),
+        ((2, 3), torch.zeros(4, dtype=torch.long)),
+        ((2, 3), torch.zeros(2, 4)),
+        ((2, 3, 5), torch.zeros(2, 4, dtype=torch.long)),
+    ],
+)
+def test_targets_that_do_not_go_with_the_output(shape: tuple[int, ...], target: Tensor) -> None:
+    with pytest.raises(ValueError, match="whole labels") as raised:
+        cross_entropy(torch.randn(shape), target)
+    assert f"got torch.float32 {shape} and {target.dtype} {tuple(target.shape)}" in str(
+        raised.value
+    )
+
+
+def test_other_errors_are_torch_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(output: Tensor, target: Tensor) -> Tensor:
+        raise RuntimeError("no memory left")
+
+    monkeypatch.setattr(F, "cross_entropy", fails)
+    with pytest.raises(RuntimeError, match=r"^no memory left$"):
+        cross_entropy(torch.randn(2, 3), torch.zeros(2, dtype=torch.long))
+
+
 def test_no_classes_at_all() -> None:
     with pytest.raises(IndexError, match="Dimension out of range"):
         cross_entropy(torch.tensor(1.0), torch.tensor([0]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -11,7 +12,7 @@ from chains import Batch, batches, mlp
 from versions import runner_of
 
 from fdg_cuda import BatchResult, Callback, FDGRunner
-from fdg_cuda._core import openmp_threads
+from fdg_cuda._core import end_idle_openmp_threads, openmp_threads
 from fdg_cuda.cpu_threads import Feeding
 
 pytestmark = pytest.mark.usefixtures("four_torch_threads", "seeded")
@@ -72,17 +73,49 @@ def test_a_loader_that_fails_leaves_all_cores() -> None:
     assert torch.get_num_threads() == 4
 
 
-@pytest.mark.parametrize(("busy", "ended"), [(4, 3), (1, 1)])
-def test_idle_threads_end_where_stages_need_the_cores(busy: int, ended: int) -> None:
+@pytest.mark.parametrize("reads", [True, False])
+@pytest.mark.parametrize("busy", [4, 1])
+def test_idle_threads_end(busy: int, reads: bool) -> None:
+    end_idle_openmp_threads()
+    alone = os_threads()
     torch.ones(1 << 20).add_(1.0)
-    before = os_threads()
+    assert os_threads() == alone + 3
     with Feeding(busy):
-        torch.ones(1 << 20).add_(1.0)
-    assert before - os_threads() == ended
-    torch.ones(1 << 20).add_(1.0)
-    assert os_threads() == before
+        if reads:
+            torch.ones(1 << 20).add_(1.0)
+    assert os_threads() == alone
     assert openmp_threads() == 4
 
 
+def test_no_thread_ends_where_none_is_short_of_cores() -> None:
+    torch.ones(1 << 20).add_(1.0)
+    before = os_threads()
+    with Feeding(0):
+        torch.ones(1 << 20).add_(1.0)
+    assert os_threads() == before
+
+
+def test_an_interrupt_on_the_way_in_leaves_all_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = Feeding.__enter__
+
+    def interrupted(self: Feeding) -> None:
+        known(self)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Feeding, "__enter__", interrupted)
+    runner = FDGRunner(mlp(), ["cpu"] * 2, split=[3])
+    for use in (runner.fit, runner.evaluate):
+        with pytest.raises(KeyboardInterrupt):
+            use(batches(2))
+        assert torch.get_num_threads() == 4
+
+
 def os_threads() -> int:
-    return len(os.listdir("/proc/self/task"))
+    """How many there are, once that stays so: one that ended is listed for a moment longer."""
+    give_up = time.monotonic() + 10
+    seen = [0] * 5
+    while len(set(seen)) > 1 or not seen[0]:
+        assert time.monotonic() < give_up
+        time.sleep(0.01)
+        seen = [*seen[1:], len(os.listdir("/proc/self/task"))]
+    return seen[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from fdg_cuda import FDGRunner, Plan, plan, planner
 from fdg_cuda.costs import LayerCost
 from fdg_cuda.hardware import DeviceSpec, Link
 from fdg_cuda.hardware_file import Hardware
+from fdg_cuda.plan_report import call
 from fdg_cuda.planner import numbers_of_stages
 
 MEGA = 1_000_000
@@ -134,10 +136,53 @@ class TestOfGivenCosts:
         alone = replace(unequal, recommended=unequal.rows[0].choice)
         assert alone.advice == unequal.advice
 
+    def test_stages_too_short_to_be_measured_well_are_no_reason_for_advice(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        short = replace(LAYER, forward=1e-5, backward=2e-5, parameter_bytes=0)
+        monkeypatch.setattr(planner.Planner, "_costs", lambda self, stages: [short] * LAYERS)
+        assert plan_for(*devices(3)).advice == ""
+
+    def test_what_is_slower_than_bp_is_not_recommended(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """One stage may be, with more threads than serve it."""
+        monkeypatch.setattr(planner.Planner, "bp_seconds", lambda self, most: STEP / 2.05)
+        planned = plan_for(*devices(2))
+        assert planned.recommended is planned.rows[0].choice
+        assert "plain training: no number of stages is predicted to be worth its delay" in str(
+            planned
+        )
+        alone = plan_for(*devices(1))
+        assert "plain training" not in str(alone), "more than one were not planned"
+
+    def test_data_parallelism_is_recommended_where_it_is_faster(self) -> None:
+        said = "Data parallelism, with a batch of 2 for each of the 3 devices"
+        assert said in str(plan_for(*devices(3))), "three replicas share eight layers evenly"
+        assert said not in str(plan_for(*devices(3, 90 * MEGA))), "they do not fit"
+
+    def test_the_call_is_to_be_copied_where_devices_have_no_numbers(self) -> None:
+        row = plan_for(DeviceSpec("cpu"), DeviceSpec("cpu"), mode="current").rows[1]
+        assert row.choice is not None
+        said = "FDGRunner(model, devices=['cpu', 'cpu'], split=[4], backward_weights='current')"
+        assert call(row.choice) == said
+        row = plan_for(*devices(2)).rows[1]
+        assert row.choice is not None
+        assert "devices=[...2 of them], split=[4]" in call(row.choice)
+
     def test_one_mode_only(self) -> None:
         planned = plan_for(*devices(2), mode="replay")
         assert planned.rows[1].choice is not None
         assert planned.rows[1].choice.mode == "replay"
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="notes came with Python 3.11")
+def test_a_batch_is_no_sample() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    batch = (torch.randn(2, 4), torch.tensor([0, 1]))
+    with pytest.raises(TypeError) as raised:
+        plan(model, batch, ["cpu"])
+    assert "plan(model, x, target=y)" in "".join(raised.value.__notes__)
 
 
 @pytest.mark.usefixtures("given_costs")

@@ -68,6 +68,16 @@ def test_equals_torch_sgd_bit_for_bit(
     assert memory.updates == 7
 
 
+@pytest.mark.parametrize(("elements", "threads"), [(99_000, 1), (101_000, 3)])
+def test_little_is_updated_by_one_thread(
+    elements: int, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(flat, "FlatSgd", lambda threads, **_: asked.append(threads))
+    FlatMemory(parameters(torch.float32, [(elements,)]), 1, 0).cpu_sgd(hyper_table(), 3)
+    assert asked == [threads]
+
+
 def test_large_arrays_take_the_streaming_path_and_keep_their_bits() -> None:
     shapes = [(3_000_001,), (7,), (1023,)]
     mine, theirs = parameters(torch.float32, shapes), parameters(torch.float32, shapes)

@@ -39,6 +39,10 @@ NOTES = [
     "faults in every step (`FDG_KEEP_FREED_MEMORY=0` leaves it alone); no other way does by itself. "
     "`kept memory` is BP with the same settings, from the environment: what of the gain is due to them.",
     "",
+    "With two stages `fdg` and `ddg` are the same rule but for beta, with as many batches in flight: "
+    "what they make a stage wait for is the same, too, and about the same time is what to expect. `fdg` "
+    "can be ahead from K = 3 on, where a batch crosses all stages of `ddg` within one tick.",
+    "",
     "`fdg` and `ddg` are timed in the steady state, from one batch's loss to the next. Fill and "
     "drain come once per epoch: N batches take about as long as N + K - 1 such steps. Every turn is a "
     f"`fit` of its own, of which neither the fill is timed nor the {SETTLING} steps behind it, in which "
@@ -61,6 +65,8 @@ def section() -> list[str]:
         "![Time per step relative to BP with two threads](results/compare.png)",
         "",
         *NOTES,
+        f"The models, by name and batch size: {said_of_models(cases)}.",
+        "",
         "The time of `fdg` over that of each way, medians of ratios within a round; below 1 `fdg` is "
         "faster.",
         "",
@@ -81,8 +87,8 @@ def summary() -> list[str]:
     results = load("compare")
     if results is None:
         return [HEADING, "", NOT_MEASURED, ""]
-    rows = []
-    for case in in_order(results["cases"]):
+    rows, cases = [], in_order(results["cases"])
+    for case in cases:
         ways = case["ways"]
         peers = [way for way in measured(case).values() if way["kind"] == PEER]
         best = min(peers, key=seconds, default=None)
@@ -107,7 +113,17 @@ def summary() -> list[str]:
         *("/ fastest pipeline of others", "/ threads per batch"),
     ]
     below = "A step of `fdg` over one of each way, on two CPU cores: below 1 `fdg` is faster."
-    return [below, "", *table(headings, rows), *origin(results)]
+    kept = "Kept memory: BP with the allocator settings that the runner makes."
+    return [
+        f"{below} {kept} {said_of_models(cases)}.",
+        "",
+        *table(headings, rows),
+        *origin(results),
+    ]
+
+
+def said_of_models(cases: list[Row]) -> str:
+    return "; ".join(f"{name}: {EVERY_MODEL[name].what}" for name in unique(cases))
 
 
 def in_order(rows: list[Row]) -> list[Row]:

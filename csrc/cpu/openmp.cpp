@@ -55,7 +55,8 @@ void set_openmp_threads(int threads) {
 
 void end_idle_openmp_threads() {
   static const auto pause = find<int (*)(int)>("omp_pause_resource_all");
-  if (pause) pause(kSoft);
+  static const bool gnu = !find<void (*)()>("__kmpc_fork_call");
+  if (pause && gnu) pause(kSoft);
 }
 
 void run_on_team(int parts, const std::function<void(int)>& part) {

@@ -16,13 +16,14 @@ int openmp_threads();
 // From now on; of the calling thread alone. Does nothing without OpenMP.
 void set_openmp_threads(int threads);
 // Ends the calling thread's own, but itself; the next parallel operation starts them again. Not
-// from within one.
+// from within one. Only with GNU's runtime: LLVM's and Intel's keep one pool for all teams.
 void end_idle_openmp_threads();
 
 // Calls part(0) ... part(parts - 1), spread over a team of that many threads, and returns when all
 // are done; on the calling thread alone without OpenMP. `part` must not throw. The runtime ends and
 // starts threads where a team has not the size of the one before: `parts` should be 1, or what
-// torch's kernels on this thread take.
+// torch's kernels on this thread take. Where the system has no thread left it ends the process, as
+// it does in torch's kernels.
 void run_on_team(int parts, const std::function<void(int)>& part);
 
 }  // namespace fdg::cpu

@@ -8,6 +8,7 @@
 namespace fdg::testing {
 std::atomic<int> thread_limit{1 << 20};
 std::atomic<int> pauses{0};
+std::atomic<int> teams{0};
 }  // namespace fdg::testing
 
 namespace {
@@ -28,6 +29,7 @@ int omp_pause_resource_all(int) {
 }
 
 void GOMP_parallel(void (*function)(void*), void* data, unsigned threads, unsigned) {
+  ++fdg::testing::teams;
   const int size = std::min(static_cast<int>(threads), fdg::testing::thread_limit.load());
   const auto run = [=](int i) {
     team_size = size;

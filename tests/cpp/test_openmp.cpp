@@ -45,10 +45,13 @@ TEST("openmp: parts have threads of their own, the caller's among them") {
 }
 
 TEST("openmp: one part is the caller's, and takes no team") {
-  const Limit limited(0);  // a team of it would run nothing
+  const int before = teams;
   int count = 0;
   run_on_team(1, [&](int) { ++count; });
   CHECK(count == 1);
+  CHECK(teams == before);
+  run_on_team(2, [](int) {});
+  CHECK(teams == before + 1);
 }
 
 TEST("openmp: a part that is late is waited for") {
