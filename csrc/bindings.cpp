@@ -14,8 +14,8 @@
 
 #include "action.h"
 #include "cpu/allocator.h"
-#include "cpu/openmp.h"
 #include "cpu/cpu_stream.h"
+#include "cpu/openmp.h"
 #include "cpu/sgd_update.h"
 #include "flat_parameters.h"
 #include "python/extension.h"

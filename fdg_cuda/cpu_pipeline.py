@@ -79,7 +79,11 @@ class CpuPipeline(Pipeline):
             reroute_generator()
             self._rerouted = True
             for stage in self._stages:
-                stage.begin_fit(hyper=self._hyper, threads=threads)
+                stage.begin_fit(
+                    hyper=self._hyper,
+                    threads=threads,
+                    takes_turns=schedule.method == "bp" and schedule.stages > 1,
+                )
             self._stages[-1].loss = self._loss
             self._program = Program(schedule, layout, self._scheduler, self._stages)
         except BaseException:

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from fdg_cuda._core import FlatSgd, Work
+from fdg_cuda._core import FlatSgd, Work, end_idle_openmp_threads
 from fdg_cuda.backward_weights import BackwardWeights
 from fdg_cuda.gradients import UpdateRule
 from fdg_cuda.hops import Errors, take_gradients
@@ -60,15 +60,22 @@ class CpuStage(Stage):
         self.above: CpuStage | None = None
         self.inputs: dict[int, Nested] = {}  # stage 0: batches that entered, by number
         self._sgd: FlatSgd | None = None
+        self._takes_turns = False
         # Mail: what the neighbours sent, and what this stage is about to send.
         self._activations: list[Nested] = [None] * INBOX_HALVES
         self._incoming_errors: list[Errors | None] = [None] * INBOX_HALVES
         self._output: Nested = None
         self._errors: Errors | None = None
 
-    def begin_fit(self, *, hyper: HyperTable, threads: int) -> None:
-        """Lay the parameters out anew if they changed, and make the native update."""
+    def begin_fit(self, *, hyper: HyperTable, threads: int, takes_turns: bool = False) -> None:
+        """Lay the parameters out anew if they changed, and make the native update.
+
+        Args:
+            threads: it computes with.
+            takes_turns: other stages have the same cores when it has done its part.
+        """
         self.lay_out_anew()
+        self._takes_turns = takes_turns and threads > 1
         self._seed_generator()
         options = self._updates.begin_fit(hyper)
         if self._updates.native:
@@ -114,6 +121,13 @@ class CpuStage(Stage):
         return self.below is None
 
     def work(self, step: Step) -> Callable[[int], None] | Work | None:
+        work = self._work(step)
+        computes = step.kind in (Kind.FORWARD, Kind.BACKWARD, Kind.UPDATE)
+        if not (self._takes_turns and computes) or work is None or isinstance(work, Work):
+            return work
+        return partial(_leaving_the_cores, work)
+
+    def _work(self, step: Step) -> Callable[[int], None] | Work | None:
         slot = step.slot
         copy = slot if self._stash else 0
         match step.kind:
@@ -137,6 +151,8 @@ class CpuStage(Stage):
                 source = step.source if self._stash else 0
                 if self._updates.in_python:
                     return partial(self._update, source, copy, 0)
+                if self._takes_turns:
+                    return partial(self.native_sgd.run_update, source, copy)
                 return self.native_sgd.update(source, copy)
             case _:
                 raise ValueError(f"a stage on the CPU has no part in a {step.kind}")
@@ -186,3 +202,11 @@ class CpuStage(Stage):
         assert self.below is not None
         self.below._incoming_errors[batch % INBOX_HALVES] = self._errors
         self._errors = None
+
+
+def _leaving_the_cores(work: Callable[[int], None], batch: int) -> None:
+    """The idle threads of stages that take turns would slow each other down: see csrc/cpu/openmp.h."""
+    try:
+        work(batch)
+    finally:
+        end_idle_openmp_threads()

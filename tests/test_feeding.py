@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import time
 from collections.abc import Iterator
 
 import pytest
 import torch
 from chains import Batch, batches, mlp
+from os_threads import os_threads
+from torch import Tensor, nn
 from versions import runner_of
 
 from fdg_cuda import BatchResult, Callback, FDGRunner
@@ -110,12 +110,24 @@ def test_an_interrupt_on_the_way_in_leaves_all_cores(monkeypatch: pytest.MonkeyP
         assert torch.get_num_threads() == 4
 
 
-def os_threads() -> int:
-    """How many there are, once that stays so: one that ended is listed for a moment longer."""
-    give_up = time.monotonic() + 10
-    seen = [0] * 5
-    while len(set(seen)) > 1 or not seen[0]:
-        assert time.monotonic() < give_up
-        time.sleep(0.01)
-        seen = [*seen[1:], len(os.listdir("/proc/self/task"))]
-    return seen[0]
+class Count(nn.Module):
+    """Notes how many threads there are when it begins."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[int] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(os_threads())
+        return x
+
+
+def test_of_stages_that_take_turns_only_one_has_its_threads() -> None:
+    counts = [Count(), Count()]
+    wide = 1 << 14  # so that the activations of a batch are worth several threads
+    first = nn.Sequential(counts[0], nn.Linear(6, wide), nn.Tanh(), nn.Linear(wide, 8))
+    second = nn.Sequential(counts[1], nn.Linear(8, wide), nn.Tanh(), nn.Linear(wide, 4))
+    model = nn.Sequential(first, second).double()
+    FDGRunner(model, ["cpu"] * 2, method="bp", split=[1], lr=0.01).fit(batches(4))
+    assert len(counts[0].seen) == len(counts[1].seen) == 4
+    assert len(set(counts[0].seen + counts[1].seen)) == 1, (counts[0].seen, counts[1].seen)

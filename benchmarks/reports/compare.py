@@ -123,7 +123,10 @@ def summary() -> list[str]:
 
 
 def said_of_models(cases: list[Row]) -> str:
-    return "; ".join(f"{name}: {EVERY_MODEL[name].what}" for name in unique(cases))
+    names: dict[str, list[str]] = {}
+    for name in unique(cases):
+        names.setdefault(EVERY_MODEL[name].what, []).append(name)
+    return "; ".join(f"{', '.join(alike)}: {what}" for what, alike in names.items())
 
 
 def in_order(rows: list[Row]) -> list[Row]:
