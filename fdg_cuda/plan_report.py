@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 TABLE, PICTURE = "plan.json", "plan.png"
 MOST_STAGES_OF_THE_PAPERS = 4
 WIDTH = 140  # of tables as text
+SHORT_SECONDS = 3e-3  # of a step on the CPU
 UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
@@ -87,6 +88,11 @@ def _doubts_of(plan: Plan, choice: Choice) -> Iterator[str]:
             f"{times(plan.speed_up(choice.data_parallel_seconds))}, "
             f"{times(plan.speed_up(choice.tick_seconds))} here."
         )
+    if stages > 1 and on_cpu(choice) and choice.tick_seconds < SHORT_SECONDS:
+        yield (
+            f"Steps of {milliseconds(choice.tick_seconds)} are largely Python's, whose lock CPU "
+            f"stages share: that is not predicted here. Measure it."
+        )
 
 
 def as_text(plan: Plan) -> str:
@@ -127,10 +133,15 @@ def call(choice: Choice, *, capture: bool = False) -> str:
     """How a runner is made for ``choice``; CUDA devices are for the reader to fill in."""
     split = f", split={list(choice.split)}" if choice.split else ""
     captured = ", capture=True" if capture and choice.split else ""
-    on_cpu = all(stage.device == "cpu" for stage in choice.stages)
-    devices = ["cpu"] * len(choice.stages) if on_cpu else f"[...{len(choice.stages)} of them]"
+    count = len(choice.stages)
+    devices = ["cpu"] * count if on_cpu(choice) else f"[...{count} of them]"
     weights = f", backward_weights={choice.mode!r}" if choice.split else ""
     return f"FDGRunner(model, devices={devices}{split}{captured}{weights})"
+
+
+def on_cpu(choice: Choice) -> bool:
+    """Whether its stages are on this machine's processor."""
+    return all(stage.device == "cpu" for stage in choice.stages)
 
 
 def write_plan(plan: Plan, folder: Path, command: str) -> list[Path]:

@@ -161,6 +161,17 @@ class TestOfGivenCosts:
         assert said in str(plan_for(*devices(3))), "three replicas share eight layers evenly"
         assert said not in str(plan_for(*devices(3, 90 * MEGA))), "they do not fit"
 
+    def test_short_steps_on_the_cpu_are_to_be_measured(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        said = "are largely Python's"
+        cpu = [DeviceSpec("cpu"), DeviceSpec("cpu")]
+        assert said not in str(plan_for(*cpu))
+        short = replace(LAYER, forward=1e-4, backward=2e-4, parameter_bytes=0)
+        monkeypatch.setattr(planner.Planner, "_costs", lambda self, stages: [short] * LAYERS)
+        assert said in str(plan_for(*cpu))
+        assert said not in str(plan_for(*devices(2)))
+
     def test_the_call_is_to_be_copied_where_devices_have_no_numbers(self) -> None:
         row = plan_for(DeviceSpec("cpu"), DeviceSpec("cpu"), mode="current").rows[1]
         assert row.choice is not None
