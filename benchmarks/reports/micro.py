@@ -40,6 +40,7 @@ def section() -> list[str]:
         *scheduler(of_kind(results, "scheduler")),
         *updates(of_kind(results, "update")),
         *hops(of_kind(results, "hop")),
+        *idle_threads(of_kind(results, "idle_threads")),
         *([] if results is None else origin(results)),
     ]
 
@@ -206,6 +207,26 @@ def hops(cases: list[Case]) -> list[str]:
         "From a stage's send to its neighbour's use: half of a round trip between two streams that wait "
         "for each other's event. Medians with quartiles.",
         ["what is handed over", "µs", "GB/s"],
+        rows,
+    )
+
+
+def idle_threads(cases: list[Case]) -> list[str]:
+    """A row per way."""
+    rows = []
+    for case in cases:
+        widths = "-".join(map(str, case["widths"]))
+        net = f"MLP {widths}, batch {case['batch_size']}, {threads_of(case['threads'])}"
+        rows += [
+            [net, spread(case["ms"]["alone"]), ""],
+            [f"{net}, beside an idle team", spread(case["ms"]["beside"]), spread(case["ratio"])],
+        ]
+    return told(
+        "**Idle OpenMP threads**",
+        "A step in plain torch, on a thread that is not the main one. The main one does nothing, with "
+        "or without sleeping OpenMP threads of its own: why the runner ends those of the thread that "
+        "calls `fit`.",
+        ["a step", "ms", "times without them"],
         rows,
     )
 
