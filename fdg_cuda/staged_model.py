@@ -177,13 +177,15 @@ class StagedModel:
             self._warn_if_uneven(cut.stage_seconds)
 
     def _warn_if_uneven(self, seconds: Sequence[float]) -> None:
+        if self._machine.schedule.method == "bp":  # stages take turns, however they are cut
+            return
         if max(seconds) < LEAST_SECONDS or longest_in_means(seconds) < FAR_FROM_EVEN:
             return
         logger.warning(
             "%s (cut at %s), and all wait for it: %s",
             said_of_uneven(seconds),
             ", ".join(self.split_points or []),
-            CUTS_INSIDE if self.chain.has_cuts_inside else "it cannot be cut elsewhere",
+            CUTS_INSIDE if self.chain.has_cuts_inside else "no cut that fits is faster",
         )
 
     def _check_pieces(self, theirs: int | None) -> None:

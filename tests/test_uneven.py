@@ -34,8 +34,8 @@ def nested() -> nn.Sequential:
         (
             [0.01, 0.09],
             mlp,
-            "the longest of 2 stages takes 1.80 times their mean (cut at 1), and all wait for it: it "
-            "cannot be cut elsewhere",
+            "the longest of 2 stages takes 1.80 times their mean (cut at 1), and all wait for it: no "
+            "cut that fits is faster",
         ),
         ([0.05, 0.04], nested, None),
         ([0.0009, 0.0001], nested, None),
@@ -53,6 +53,17 @@ def test_a_measured_cut_far_from_even_is_warned_of(
     with caplog.at_level(logging.WARNING, "fdg_cuda"):
         runner.fit(batches(2))
     assert caplog.messages == ([said] if said else [])
+
+
+def test_stages_that_take_turns_wait_alike_however_they_are_cut(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(
+        machine, "best_cut", lambda *_, **__: Cut([1], [0.09, 0.01], [0.0, 0.0], [])
+    )
+    with caplog.at_level(logging.WARNING, "fdg_cuda"):
+        FDGRunner(nested(), ["cpu"] * 2, method="bp").fit(batches(2))
+    assert not caplog.messages
 
 
 def test_a_cut_that_is_given_is_nobodys_business(caplog: pytest.LogCaptureFixture) -> None:
