@@ -111,10 +111,13 @@ def _extension() -> str:
 def _devices() -> Iterator[Finding]:
     import torch
 
+    from fdg_cuda import _core
     from fdg_cuda.devices import parse_devices
 
     parse_devices(["cpu"])
     yield Finding("ok", "device cpu", f"{torch.get_num_threads()} threads by default")
+    if not _core.openmp_threads():
+        yield Finding("no", "openmp", "torch brings no OpenMP: a stage updates on one thread")
     count = torch.cuda.device_count()
     if not count:
         yield Finding("no", "device cuda", _why_no_cuda())

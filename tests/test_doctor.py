@@ -31,6 +31,15 @@ def test_doctor_fails_where_training_goes_wrong(
     assert "rebuild the extension" in output
 
 
+@pytest.mark.parametrize("threads", [0, 2])
+def test_doctor_says_where_updates_have_one_thread(
+    threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_core, "openmp_threads", lambda: threads)
+    found = [finding for finding in doctor._findings() if finding.subject == "openmp"]
+    assert [finding.state for finding in found] == ([] if threads else ["no"])
+
+
 def test_doctor_goes_on_after_a_package_that_does_not_import(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
