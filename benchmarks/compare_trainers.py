@@ -18,6 +18,7 @@ from benchmarks.compare_cuts import Cuts
 from benchmarks.steps import HYPER, LossFunction, SteadyRunner, plain_step
 from benchmarks.threads_per_batch import ThreadsPerBatch
 from fdg_cuda import FDGRunner
+from fdg_cuda._core import keep_freed_memory
 
 
 class Trainer(Protocol):
@@ -72,8 +73,10 @@ class Stepwise:
         return self._module.state_dict()
 
 
-def bp(place: Place, *, threads: int) -> Trainer:
-    """Plain torch."""
+def bp(place: Place, *, threads: int, keep: bool = False) -> Trainer:
+    """Plain torch. ``keep``: its process keeps freed memory as the runner's does."""
+    if keep:
+        keep_freed_memory()
     torch.set_num_threads(threads)
     chain = place.case.chain(channels_last=True)
     batch = place.case.batch(channels_last=True)

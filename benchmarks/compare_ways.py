@@ -32,8 +32,6 @@ class Way:
         threads: intra-op threads of each process or stage.
         hops: whether its stages live in different processes.
         needs: a module that nothing else here needs; its memory is no part of the training's.
-        keeps_memory: whether its C allocator (glibc) is set as the runner sets its own: memory that is
-            freed stays with the process.
     """
 
     label: str
@@ -44,25 +42,19 @@ class Way:
     threads: int = 1
     hops: bool = False
     needs: str = ""
-    keeps_memory: bool = False
 
     @property
     def environment(self) -> dict[str, str]:
         """Of its processes. A count set later is for the thread that sets it: threads that torchgpipe or
         Python start would compute convolutions, which are not torch's own loops, with all cores."""
-        kept = {
-            "MALLOC_ARENA_MAX": "1",
-            "MALLOC_MMAP_THRESHOLD_": str(2**31 - 1),
-            "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
-        }
-        return {"OMP_NUM_THREADS": str(self.threads), **(kept if self.keeps_memory else {})}
+        return {"OMP_NUM_THREADS": str(self.threads)}
 
 
 WAYS = {
     "bp-1": Way("BP, 1 thread", PLAIN, partial(bp, threads=1)),
     "bp-2": Way("BP, 2 threads", PLAIN, partial(bp, threads=2), threads=2),
     "bp-2-kept": Way(
-        "BP, 2 threads, kept memory", PLAIN, partial(bp, threads=2), threads=2, keeps_memory=True
+        "BP, 2 threads, kept memory", PLAIN, partial(bp, threads=2, keep=True), threads=2
     ),
     "ddp": Way("DDP, 2 processes", PLAIN, ddp, PROCESSES, parts=PROCESSES),
     **{

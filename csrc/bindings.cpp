@@ -241,6 +241,8 @@ PYBIND11_MODULE(_core, m) {
 
   m.def("fit_begins", [] { ++at_exit().fits; });
   m.def("fit_ends", [] { --at_exit().fits; });
+  m.def("keeps_blocks", &fdg::cpu::keeps_blocks);
+  m.def("kept_bytes", &fdg::cpu::kept_bytes);
   m.def("keep_freed_memory", &fdg::cpu::keep_freed_memory);
   m.def("openmp_threads", &fdg::cpu::openmp_threads);
   m.def("set_openmp_threads", &fdg::cpu::set_openmp_threads, py::arg("threads"));

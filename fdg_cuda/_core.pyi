@@ -11,11 +11,18 @@ def fit_begins() -> None:
 def fit_ends() -> None:
     """See ``fit_begins``."""
 
+def keeps_blocks() -> bool:
+    """Whether blocks that torch frees can be kept, rather than by the C allocator's own means."""
+
+def kept_bytes() -> int:
+    """Of freed blocks, now."""
+
 def keep_freed_memory() -> None:
-    """Let the C allocator keep freed blocks, until ``return_freed_memory``."""
+    """Keep blocks that torch frees for those it allocates, until ``return_freed_memory`` was called as
+    often. Where that cannot be (``keeps_blocks``) the C allocator is told to keep them."""
 
 def return_freed_memory() -> None:
-    """Give what the C allocator holds free back to the system, and large blocks from now on."""
+    """Give what is kept back to the system, and from now on what is freed."""
 
 def openmp_threads() -> int:
     """How many the calling thread computes with; 0 if there is no OpenMP in this process."""

@@ -11,7 +11,7 @@ import torch
 
 from fdg_cuda._core import end_idle_openmp_threads
 from fdg_cuda.cpu_threads import torch_threads
-from fdg_cuda.freed_memory import keep_freed, return_freed
+from fdg_cuda.freed_memory import freed_memory_kept
 
 Measured = TypeVar("Measured")
 
@@ -26,9 +26,8 @@ def measured_at_work(measure: Callable[[Callable[[], bool]], Measured]) -> Measu
         whatever ``measure`` raises.
     """
     stopped = threading.Event()
-    with torch_threads:
+    with torch_threads, freed_memory_kept():  # as in training
         previous_threads = torch.get_num_threads()
-        keep_freed()  # as in training
         end_idle_openmp_threads()  # likewise
         try:
             with ThreadPoolExecutor(1) as pool:
@@ -37,6 +36,5 @@ def measured_at_work(measure: Callable[[Callable[[], bool]], Measured]) -> Measu
                 finally:
                     stopped.set()
         finally:
-            return_freed()
             # torch takes the number set last, by whatever thread, for threads to come.
             torch.set_num_threads(previous_threads)

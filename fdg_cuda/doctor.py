@@ -118,6 +118,10 @@ def _devices() -> Iterator[Finding]:
     yield Finding("ok", "device cpu", f"{torch.get_num_threads()} threads by default")
     if not _core.openmp_threads():
         yield Finding("no", "openmp", "torch brings no OpenMP: a stage updates on one thread")
+    if not _core.keeps_blocks():
+        yield Finding(
+            "no", "memory", "freed tensors cannot be kept for the next ones: stages wait more often"
+        )
     count = torch.cuda.device_count()
     if not count:
         yield Finding("no", "device cuda", _why_no_cuda())

@@ -36,7 +36,7 @@ Measured = TypeVar("Measured")
 
 logger = logging.getLogger("fdg_cuda")
 
-METHOD = 3  # of measuring: what was measured by another one does not count
+METHOD = 4  # of measuring: what was measured by another one does not count
 
 _known: dict[str, Any] = {}
 # Inside of `anew`: the keys that were measured there.

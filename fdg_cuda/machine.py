@@ -19,6 +19,7 @@ from fdg_cuda.cpu_pipeline import CpuPipeline
 from fdg_cuda.cpu_stage import CpuStage
 from fdg_cuda.cpu_threads import share_of_cores
 from fdg_cuda.cutting import Cut, best_cut
+from fdg_cuda.freed_memory import freed_memory_kept
 from fdg_cuda.gradients import UpdateRule
 from fdg_cuda.hardware import DeviceSpec, Link
 from fdg_cuda.inference import Finish, one_by_one
@@ -240,6 +241,12 @@ class CpuMachine(Machine):
         return x
 
     def inference(
+        self, chain: ModelChain, batches: Iterator[Batch], finish: Finish, *, to_host: bool
+    ) -> Generator[Nested, None, None]:
+        with freed_memory_kept():
+            yield from self._inference(chain, batches, finish, to_host=to_host)
+
+    def _inference(
         self, chain: ModelChain, batches: Iterator[Batch], finish: Finish, *, to_host: bool
     ) -> Generator[Nested, None, None]:
         plainly = partial(one_by_one, partial(self.forward, chain), finish=finish, to_host=to_host)

@@ -35,9 +35,10 @@ NOTES = [
     "torchgpipe leaves the order of the backward to autograd, which has one thread for all CPU "
     "devices: of its stages only the forward overlaps.",
     "",
-    "While it trains, the runner has the C library's allocator keep what is freed, which saves page "
-    "faults in every step (`FDG_KEEP_FREED_MEMORY=0` leaves it alone); no other way does by itself. "
-    "`kept memory` is BP with the same settings, from the environment: what of the gain is due to them.",
+    "While it trains, the runner keeps the memory of tensors that are freed for those that come next, "
+    "which saves page faults and waits for the C library's lock (`FDG_KEEP_FREED_MEMORY=0` leaves it "
+    "alone); no other way does by itself. `kept memory` is BP with the same in its process: what of the "
+    "gain is due to it.",
     "",
     "With two stages `fdg` and `ddg` are the same rule but for beta, with as many batches in flight: "
     "what they make a stage wait for is the same, too, and about the same time is what to expect. `fdg` "
@@ -113,7 +114,7 @@ def summary() -> list[str]:
         *("/ fastest pipeline of others", "/ threads per batch"),
     ]
     below = "A step of `fdg` over one of each way, on two CPU cores: below 1 `fdg` is faster."
-    kept = "Kept memory: BP with the allocator settings that the runner makes."
+    kept = "Kept memory: BP whose process keeps freed memory as the runner's does."
     return [
         f"{below} {kept} {said_of_models(cases)}.",
         "",
