@@ -12,7 +12,8 @@ def fit_ends() -> None:
     """See ``fit_begins``."""
 
 def keeps_blocks() -> bool:
-    """Whether blocks that torch frees can be kept, rather than by the C allocator's own means."""
+    """Whether blocks that torch frees can be kept: its calls of the C allocator lead through a cache
+    then, from the first call of this on. Else the allocator's own means are used."""
 
 def kept_bytes() -> int:
     """Of freed blocks, now."""

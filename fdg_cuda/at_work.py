@@ -11,7 +11,7 @@ import torch
 
 from fdg_cuda._core import end_idle_openmp_threads
 from fdg_cuda.cpu_threads import torch_threads
-from fdg_cuda.freed_memory import freed_memory_kept
+from fdg_cuda.freed_memory import KeptMemory
 
 Measured = TypeVar("Measured")
 
@@ -26,7 +26,7 @@ def measured_at_work(measure: Callable[[Callable[[], bool]], Measured]) -> Measu
         whatever ``measure`` raises.
     """
     stopped = threading.Event()
-    with torch_threads, freed_memory_kept():  # as in training
+    with torch_threads, KeptMemory():  # as in training
         previous_threads = torch.get_num_threads()
         end_idle_openmp_threads()  # likewise
         try:

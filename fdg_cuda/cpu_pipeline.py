@@ -13,7 +13,7 @@ from fdg_cuda.batches import Batch
 from fdg_cuda.chain import check_loss
 from fdg_cuda.cpu_stage import CpuStage
 from fdg_cuda.cpu_threads import Feeding, set_threads_of_streams
-from fdg_cuda.freed_memory import keep_freed, return_freed
+from fdg_cuda.freed_memory import KeptMemory
 from fdg_cuda.interrupts import Interrupts
 from fdg_cuda.layout import CpuLayout
 from fdg_cuda.loss_scale import LossScale
@@ -62,7 +62,7 @@ class CpuPipeline(Pipeline):
         )
         self._stages = list(stages)
         self._targets: dict[int, Nested] = {}
-        keep_freed()  # before the stages' threads start
+        self._kept = KeptMemory()  # before the stages' threads start
         self._rerouted = False
         self._feeding: Feeding = Feeding(schedule.stages * threads)
         layout = CpuLayout(schedule, mode)
@@ -91,13 +91,13 @@ class CpuPipeline(Pipeline):
             raise
 
     def close(self) -> None:
-        self._feeding.end()
-        super().close()
-        if self._rerouted:
-            restore_generator()
-            self._rerouted = False
-        self._targets.clear()
-        return_freed()
+        with self._kept:
+            self._feeding.end()
+            super().close()
+            if self._rerouted:
+                restore_generator()
+                self._rerouted = False
+            self._targets.clear()
 
     def _put(self, number: int, batch: Batch) -> None:
         self._stages[0].inputs[number] = cloned(batch[0])

@@ -120,7 +120,7 @@ def _devices() -> Iterator[Finding]:
         yield Finding("no", "openmp", "torch brings no OpenMP: a stage updates on one thread")
     if not _core.keeps_blocks():
         yield Finding(
-            "no", "memory", "freed tensors cannot be kept for the next ones: stages wait more often"
+            "no", "memory", "freed tensors cannot be kept here: it is left to the C allocator"
         )
     count = torch.cuda.device_count()
     if not count:

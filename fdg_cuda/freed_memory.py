@@ -6,37 +6,57 @@ lock. See csrc/cpu/allocator.h.
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import cache
 
-from fdg_cuda._core import keep_freed_memory, return_freed_memory
+from fdg_cuda._core import keep_freed_memory, keeps_blocks, return_freed_memory
+from fdg_cuda.interrupts import Interrupts
 
-
-def keep_freed() -> None:
-    """From now on, in the whole process, until :func:`return_freed` was called as often. Not if
-    ``FDG_KEEP_FREED_MEMORY`` is 0."""
-    # Before threads start that are to profit: where torch's blocks cannot be kept it is a thread's
-    # arena that keeps, the one it begins with.
-    if _wanted():
-        keep_freed_memory()
+logger = logging.getLogger("fdg_cuda")
 
 
-def return_freed() -> None:
-    """Give it back to the system, and from now on what is freed."""
-    if _wanted():
-        return_freed_memory()
+class KeptMemory:
+    """From now on, in the whole process, freed memory is kept, until all that were made are closed.
+    Not if ``FDG_KEEP_FREED_MEMORY`` is 0.
+
+    Can be used in ``with``; one that nobody has any more is closed.
+    """
+
+    def __init__(self) -> None:
+        # Before threads start that are to profit: where torch's blocks cannot be kept it is a thread's
+        # arena that keeps, the one it begins with.
+        self._keeps = False
+        if os.environ.get("FDG_KEEP_FREED_MEMORY", "1") == "0":
+            return
+        _say_where_blocks_cannot_be_kept()
+        with Interrupts():
+            keep_freed_memory()
+            self._keeps = True
+
+    def close(self) -> None:
+        """Give it back to the system, and from now on what is freed. Does nothing the second time."""
+        with Interrupts():
+            keeps, self._keeps = self._keeps, False
+            if keeps:
+                return_freed_memory()
+
+    def __enter__(self) -> KeptMemory:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if self._keeps:
+            self._keeps = False
+            return_freed_memory()
 
 
-@contextmanager
-def freed_memory_kept() -> Iterator[None]:
-    """Within it freed memory is kept."""
-    keep_freed()
-    try:
-        yield
-    finally:
-        return_freed()
-
-
-def _wanted() -> bool:
-    return os.environ.get("FDG_KEEP_FREED_MEMORY", "1") != "0"
+@cache
+def _say_where_blocks_cannot_be_kept() -> None:
+    if not keeps_blocks():
+        logger.info(
+            "torch's calls of the C allocator cannot be led through a cache here: what is freed is "
+            "kept by the allocator's own means, if it has any"
+        )

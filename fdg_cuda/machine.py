@@ -19,7 +19,7 @@ from fdg_cuda.cpu_pipeline import CpuPipeline
 from fdg_cuda.cpu_stage import CpuStage
 from fdg_cuda.cpu_threads import share_of_cores
 from fdg_cuda.cutting import Cut, best_cut
-from fdg_cuda.freed_memory import freed_memory_kept
+from fdg_cuda.freed_memory import KeptMemory
 from fdg_cuda.gradients import UpdateRule
 from fdg_cuda.hardware import DeviceSpec, Link
 from fdg_cuda.inference import Finish, one_by_one
@@ -243,7 +243,7 @@ class CpuMachine(Machine):
     def inference(
         self, chain: ModelChain, batches: Iterator[Batch], finish: Finish, *, to_host: bool
     ) -> Generator[Nested, None, None]:
-        with freed_memory_kept():
+        with KeptMemory():
             yield from self._inference(chain, batches, finish, to_host=to_host)
 
     def _inference(

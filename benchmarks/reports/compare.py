@@ -40,9 +40,12 @@ NOTES = [
     "alone); no other way does by itself. `kept memory` is BP with the same in its process: what of the "
     "gain is due to it.",
     "",
-    "With two stages `fdg` and `ddg` are the same rule but for beta, with as many batches in flight: "
-    "what they make a stage wait for is the same, too, and about the same time is what to expect. `fdg` "
-    "can be ahead from K = 3 on, where a batch crosses all stages of `ddg` within one tick.",
+    "With two stages `fdg` and `ddg` are the same rule but for beta (with the same beta they give the "
+    "same bits), with as many batches in flight: what they make a stage wait for is the same, too, and "
+    "the same time is what to expect. Which of them is ahead by the median is chance, and shows how "
+    "much of it there is; the goal is missed where three quarters of the rounds say that `fdg` is "
+    "slower. `fdg` can be ahead from K = 3 on, where a batch crosses all stages of `ddg` within one "
+    "tick.",
     "",
     "`fdg` and `ddg` are timed in the steady state, from one batch's loss to the next. Fill and "
     "drain come once per epoch: N batches take about as long as N + K - 1 such steps. Every turn is a "
@@ -143,8 +146,8 @@ def goals() -> list[Goal]:
     return [
         Goal(
             f"{title(goal)}: `fdg` / {goal['other']} ({goal['name']})",
-            f"at most {goal['goal']:g}",
-            f"{goal['median']:.3f}",
+            wanted(goal),
+            f"{goal[goal['judged_by']]:.3f}",
             goal["met"],
         )
         for goal in in_order(results["goals"])
@@ -215,13 +218,18 @@ def ratios(cases: list[Row]) -> list[str]:
     return table(["`fdg` K = 2 over", *map(title, cases)], rows)
 
 
+def wanted(goal: Row) -> str:
+    limit = f"at most {goal['goal']:g}"
+    return f"lower quartile {limit}" if goal["judged_by"] == "q1" else limit
+
+
 def goal_table(found: list[Row]) -> list[str]:
     rows = [
         [
             f"{goal['name']}: {title(goal)}",
             goal["other"],
             spread(goal, 3),
-            f"at most {goal['goal']:g}" + ("" if goal["met"] else ": missed"),
+            wanted(goal) + ("" if goal["met"] else ": missed"),
         ]
         for goal in found
     ]

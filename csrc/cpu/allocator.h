@@ -16,11 +16,10 @@ namespace fdg::cpu {
 // on.
 bool keeps_blocks();
 
-// For the whole process, until freed memory is returned as often. Where blocks cannot be kept, the
-// C library is told to keep them; nothing is done where it is not glibc, or where another allocator
-// stands in for its own.
+// For the whole process, until freed memory is returned as often: what was kept then goes back to
+// the system. Where blocks cannot be kept, the C library is told to keep them; nothing is done
+// where it is not glibc, or where another allocator stands in for its own.
 void keep_freed_memory();
-// Gives back to the system what was kept.
 void return_freed_memory();
 
 // What is kept of freed blocks now.

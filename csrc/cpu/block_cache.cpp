@@ -41,56 +41,64 @@ class Lock {
 
 }  // namespace
 
-BlockCache::~BlockCache() { free_all(excess(0)); }
+BlockCache::~BlockCache() { free_all(everything()); }
 
 int BlockCache::take(void** block, size_t alignment, size_t bytes) noexcept {
-  const int size = alignment == kAlignment && bytes > 0 ? size_to_hold(bytes) : kSizes;
-  if (size >= kSizes) return ::posix_memalign(block, alignment, bytes);
+  const int size = alignment >= kAlignment && bytes > 0 ? size_to_hold(bytes) : kSizes;
+  if (keepers_.load(std::memory_order_relaxed) == 0 || size >= kSizes) {
+    return ::posix_memalign(block, alignment, bytes);
+  }
+  const auto whole = static_cast<int64_t>(bytes_of(size));
   Free* unused = nullptr;
   {
     const Lock lock(mutex_);
-    if (keepers_ == 0) return ::posix_memalign(block, alignment, bytes);
     lists_[static_cast<size_t>(size)].last_taken = ++takes_;
-    if (Free* found = pop(size)) {
+    Free* found = pop(size, alignment);
+    taken_ += whole;
+    if (found != nullptr) {
+      most_taken_ = std::max(most_taken_, taken_);
       *block = found;
       return 0;
     }
-    count_as_taken(bytes_of(size));
-    const int64_t most = most_taken_ * kMostTimesTwo / 2 - taken_;
-    unused = excess(static_cast<size_t>(std::max<int64_t>(most, 0)));
+    unused = excess(allowance(taken_, std::max(most_taken_, taken_)));
   }
   free_all(unused);
   int failure = ::posix_memalign(block, alignment, bytes_of(size));
   if (failure != 0) {
     {
       const Lock lock(mutex_);
-      unused = excess(0);
+      unused = everything();
     }
     free_all(unused);
     failure = ::posix_memalign(block, alignment, bytes);
   }
+  const Lock lock(mutex_);
   if (failure != 0) {
-    const Lock lock(mutex_);
-    taken_ -= static_cast<int64_t>(bytes_of(size));
+    taken_ -= whole;
+  } else {
+    most_taken_ = std::max(most_taken_, taken_);
   }
   return failure;
 }
 
 void BlockCache::give(void* block) noexcept {
   if (block == nullptr) return;
-  const size_t bytes = ::malloc_usable_size(block);
-  const int size = size_within(bytes);
-  if (size > 0 && size < kSizes && reinterpret_cast<uintptr_t>(block) % kAlignment == 0) {
-    const Lock lock(mutex_);
-    if (keepers_ > 0) {
-      List& list = lists_[static_cast<size_t>(size)];
-      list.first = new (block) Free{list.first};
-      kept_ += bytes_of(size);
-      taken_ = std::max<int64_t>(taken_ - static_cast<int64_t>(bytes_of(size)), 0);
-      return;
-    }
+  if (keepers_.load(std::memory_order_relaxed) == 0) return std::free(block);
+  const int size = size_within(::malloc_usable_size(block));
+  if (size == 0 || size >= kSizes || reinterpret_cast<uintptr_t>(block) % kAlignment != 0) {
+    return std::free(block);
   }
-  std::free(block);
+  Free* unused = nullptr;
+  {
+    const Lock lock(mutex_);
+    List& list = lists_[static_cast<size_t>(size)];
+    list.first = new (block) Free{list.first};
+    kept_ += bytes_of(size);
+    taken_ = std::max<int64_t>(taken_ - static_cast<int64_t>(bytes_of(size)), 0);
+    // Nobody keeps any more if the last one dropped a moment ago.
+    unused = keepers_ == 0 ? everything() : excess(allowance(taken_, most_taken_));
+  }
+  free_all(unused);
 }
 
 void BlockCache::keep() noexcept {
@@ -98,13 +106,17 @@ void BlockCache::keep() noexcept {
   if (keepers_++ == 0) taken_ = most_taken_ = 0;
 }
 
-void BlockCache::drop() noexcept {
+size_t BlockCache::drop() noexcept {
   Free* unused = nullptr;
+  size_t bytes = 0;
   {
     const Lock lock(mutex_);
-    if (keepers_ > 0 && --keepers_ == 0) unused = excess(0);
+    if (keepers_ == 0 || --keepers_ > 0) return 0;
+    bytes = kept_;
+    unused = everything();
   }
   free_all(unused);
+  return bytes;
 }
 
 size_t BlockCache::kept_bytes() const noexcept {
@@ -112,9 +124,16 @@ size_t BlockCache::kept_bytes() const noexcept {
   return kept_;
 }
 
-void BlockCache::lock() noexcept { mutex_.lock(); }
+void BlockCache::begin_fork() noexcept { mutex_.lock(); }
 
-void BlockCache::unlock() noexcept { mutex_.unlock(); }
+void BlockCache::end_fork() noexcept { mutex_.unlock(); }
+
+void BlockCache::begin_child() noexcept {
+  keepers_ = 0;
+  Free* unused = everything();
+  mutex_.unlock();
+  free_all(unused);
+}
 
 size_t BlockCache::bytes_of(int size) {
   if (size < kSteps) return static_cast<size_t>(size) * kAlignment;
@@ -135,15 +154,17 @@ int BlockCache::size_to_hold(size_t bytes) {
   return size < kSizes && bytes_of(size) < bytes ? size + 1 : size;
 }
 
-BlockCache::Free* BlockCache::pop(int size) {
+BlockCache::Free* BlockCache::pop(int size, size_t alignment) {
   List& list = lists_[static_cast<size_t>(size)];
   Free* found = list.first;
-  if (found != nullptr) {
-    list.first = found->next;
-    kept_ -= bytes_of(size);
-    count_as_taken(bytes_of(size));
-  }
+  if (found == nullptr || reinterpret_cast<uintptr_t>(found) % alignment != 0) return nullptr;
+  list.first = found->next;
+  kept_ -= bytes_of(size);
   return found;
+}
+
+size_t BlockCache::allowance(int64_t taken, int64_t most) {
+  return static_cast<size_t>(std::max<int64_t>(most * kMostTimesTwo / 2 - taken, 0));
 }
 
 BlockCache::Free* BlockCache::excess(size_t most) {
@@ -175,11 +196,6 @@ void BlockCache::free_all(Free* blocks) noexcept {
     std::free(blocks);
     blocks = next;
   }
-}
-
-void BlockCache::count_as_taken(size_t bytes) {
-  taken_ += static_cast<int64_t>(bytes);
-  most_taken_ = std::max(most_taken_, taken_);
 }
 
 }  // namespace fdg::cpu

@@ -7,6 +7,7 @@
 #pragma once
 
 #include <array>
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <mutex>
@@ -15,7 +16,7 @@ namespace fdg::cpu {
 
 class BlockCache {
  public:
-  // Of every block; no smaller ones are made.
+  // Of every block at least; none is smaller.
   static constexpr size_t kAlignment = 64;
 
   BlockCache() = default;
@@ -28,22 +29,25 @@ class BlockCache {
   int take(void** block, size_t alignment, size_t bytes) noexcept;
   void give(void* block) noexcept;
 
-  // From now on what is given is kept, until drop() was called as often: then it goes back.
+  // From now on what is given is kept, until drop() was called as often: then it goes back. How
+  // much that was is returned.
   void keep() noexcept;
-  void drop() noexcept;
+  size_t drop() noexcept;
 
   // Kept at the moment, for the next one who asks.
   size_t kept_bytes() const noexcept;
 
-  // Before and behind a fork, of which the child has but one thread.
-  void lock() noexcept;
-  void unlock() noexcept;
+  // Before a fork, and behind it in the parent and in the child, which has one thread only and
+  // keeps nothing.
+  void begin_fork() noexcept;
+  void end_fork() noexcept;
+  void begin_child() noexcept;
 
  private:
   // Sizes are multiples of the alignment up to the first power of two, and so many per power of two
-  // from there on: a block is at most a sixteenth larger than was asked for. What the C library
-  // makes a block larger by is less than a step, so that it comes back to the list it was taken
-  // from.
+  // from there on: there a block is at most a sixteenth larger than was asked for. What the C
+  // library makes a block larger by is less than a step (unless it is set up for pages or mappings
+  // of other sizes than usual), so that it comes back to the list it was taken from.
   static constexpr int kSteps = 16;
   static constexpr int kFirstPower = 10;
   static constexpr int kLastPower = 40;
@@ -63,16 +67,18 @@ class BlockCache {
   static int size_to_hold(size_t bytes);
   static int size_within(size_t bytes);
 
-  Free* pop(int size);
-  // Takes off the lists what keeps more than `most` bytes from being kept, those first that were
-  // not taken from for longest; joined by `next`.
+  Free* pop(int size, size_t alignment);
+  // How much may be kept while so much is taken, where `most` is the most that ever was.
+  static size_t allowance(int64_t taken, int64_t most);
+  // Takes off the lists what is kept beyond `most` bytes, from those first that were not taken from
+  // for longest; joined by `next`.
   Free* excess(size_t most);
+  Free* everything() { return excess(0); }
   static void free_all(Free* blocks) noexcept;
-  void count_as_taken(size_t bytes);
 
   mutable std::mutex mutex_;
   std::array<List, kSizes> lists_{};
-  int keepers_ = 0;
+  std::atomic<int> keepers_{0};  // changes under the lock
   uint64_t takes_ = 0;
   size_t kept_ = 0;
   // Bytes with those who took them, since keeping began; blocks from before are missing, and may be

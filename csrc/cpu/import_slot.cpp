@@ -16,17 +16,23 @@ namespace fdg::cpu {
 #if defined(FDG_IMPORT_SLOTS)
 namespace {
 
+// Of slots for calls, which the loader may fill at the first call, and of those for addresses,
+// through which some compilers call too.
 #if defined(__x86_64__)
-constexpr uint32_t kJumpSlot = R_X86_64_JUMP_SLOT;
+constexpr uint32_t kCallSlot = R_X86_64_JUMP_SLOT, kAddressSlot = R_X86_64_GLOB_DAT;
 #else
-constexpr uint32_t kJumpSlot = R_AARCH64_JUMP_SLOT;
+constexpr uint32_t kCallSlot = R_AARCH64_JUMP_SLOT, kAddressSlot = R_AARCH64_GLOB_DAT;
 #endif
 
 struct Search {
   const char* library;
-  const char* function;
-  void* replacement;
+  const std::vector<Import>* imports;
   bool done = false;
+};
+
+struct Table {
+  const ElfW(Rela) * entries = nullptr;
+  size_t bytes = 0;
 };
 
 bool is_named(const char* path, const char* library) {
@@ -40,87 +46,132 @@ T* at(ElfW(Addr) base, ElfW(Addr) address) {
   return reinterpret_cast<T*>(address < base ? base + address : address);
 }
 
-void** find_slot(const dl_phdr_info& info, const char* function) {
+std::vector<void**> find_slots(const dl_phdr_info& info, const char* function) {
   const ElfW(Dyn)* dynamic = nullptr;
   for (int i = 0; i < info.dlpi_phnum; ++i) {
     if (info.dlpi_phdr[i].p_type == PT_DYNAMIC) {
       dynamic = reinterpret_cast<const ElfW(Dyn)*>(info.dlpi_addr + info.dlpi_phdr[i].p_vaddr);
     }
   }
-  if (dynamic == nullptr) return nullptr;
-  const ElfW(Rela)* relocations = nullptr;
+  std::vector<void**> slots;
+  if (dynamic == nullptr) return slots;
+  Table calls, others;
   const ElfW(Sym)* symbols = nullptr;
   const char* strings = nullptr;
-  size_t bytes = 0;
   for (; dynamic->d_tag != DT_NULL; ++dynamic) {
-    const auto value = dynamic->d_un.d_ptr;
+    const auto address = dynamic->d_un.d_ptr;
+    const auto bytes = dynamic->d_un.d_val;
     switch (dynamic->d_tag) {
       case DT_JMPREL:
-        relocations = at<const ElfW(Rela)>(info.dlpi_addr, value);
+        calls.entries = at<const ElfW(Rela)>(info.dlpi_addr, address);
         break;
       case DT_PLTRELSZ:
-        bytes = dynamic->d_un.d_val;
+        calls.bytes = bytes;
+        break;
+      case DT_RELA:
+        others.entries = at<const ElfW(Rela)>(info.dlpi_addr, address);
+        break;
+      case DT_RELASZ:
+        others.bytes = bytes;
         break;
       case DT_SYMTAB:
-        symbols = at<const ElfW(Sym)>(info.dlpi_addr, value);
+        symbols = at<const ElfW(Sym)>(info.dlpi_addr, address);
         break;
       case DT_STRTAB:
-        strings = at<const char>(info.dlpi_addr, value);
+        strings = at<const char>(info.dlpi_addr, address);
         break;
       default:
         break;
     }
   }
-  if (relocations == nullptr || symbols == nullptr || strings == nullptr) return nullptr;
-  for (size_t i = 0; i < bytes / sizeof(ElfW(Rela)); ++i) {
-    const ElfW(Rela) & entry = relocations[i];
-    if (ELF64_R_TYPE(entry.r_info) != kJumpSlot) continue;
-    if (std::strcmp(strings + symbols[ELF64_R_SYM(entry.r_info)].st_name, function) == 0) {
-      return reinterpret_cast<void**>(info.dlpi_addr + entry.r_offset);
+  if (symbols == nullptr || strings == nullptr) return slots;
+  for (const Table& table : {calls, others}) {
+    if (table.entries == nullptr) continue;
+    for (size_t i = 0; i < table.bytes / sizeof(ElfW(Rela)); ++i) {
+      const ElfW(Rela) & entry = table.entries[i];
+      const auto type = ELF64_R_TYPE(entry.r_info);
+      if (type != kCallSlot && type != kAddressSlot) continue;
+      if (std::strcmp(strings + symbols[ELF64_R_SYM(entry.r_info)].st_name, function) == 0) {
+        slots.push_back(reinterpret_cast<void**>(info.dlpi_addr + entry.r_offset));
+      }
     }
   }
-  return nullptr;
+  return slots;
 }
 
-// Whether the loader wrote the slot once and for all.
+bool is_within(const dl_phdr_info& info, const void* address) {
+  const auto wanted = reinterpret_cast<uintptr_t>(address);
+  for (int i = 0; i < info.dlpi_phnum; ++i) {
+    const ElfW(Phdr) & part = info.dlpi_phdr[i];
+    const uintptr_t begin = info.dlpi_addr + part.p_vaddr;
+    if (part.p_type == PT_LOAD && begin <= wanted && wanted < begin + part.p_memsz) return true;
+  }
+  return false;
+}
+
+uintptr_t page_size() { return static_cast<uintptr_t>(sysconf(_SC_PAGESIZE)); }
+
+uintptr_t page_of(uintptr_t address) { return address / page_size() * page_size(); }
+
+// Whether the loader made the slot's page read-only behind writing it; it does so for whole pages.
 bool is_read_only(const dl_phdr_info& info, void** slot) {
   const auto address = reinterpret_cast<uintptr_t>(slot);
   for (int i = 0; i < info.dlpi_phnum; ++i) {
     const ElfW(Phdr) & part = info.dlpi_phdr[i];
     const uintptr_t begin = info.dlpi_addr + part.p_vaddr;
-    if (part.p_type == PT_GNU_RELRO && begin <= address && address < begin + part.p_memsz) {
+    if (part.p_type == PT_GNU_RELRO && page_of(begin) <= address &&
+        address < page_of(begin + part.p_memsz)) {
       return true;
     }
   }
   return false;
 }
 
-bool write_slot(void** slot, void* value, bool read_only) {
-  const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
-  void* begin = reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(slot) / page * page);
-  if (read_only && mprotect(begin, page, PROT_READ | PROT_WRITE) != 0) return false;
+bool write_slot(const dl_phdr_info& info, void** slot, void* value) {
+  const bool read_only = is_read_only(info, slot);
+  void* page = reinterpret_cast<void*>(page_of(reinterpret_cast<uintptr_t>(slot)));
+  if (read_only && mprotect(page, page_size(), PROT_READ | PROT_WRITE) != 0) return false;
   __atomic_store_n(slot, value, __ATOMIC_RELEASE);  // others may be calling
-  if (read_only) mprotect(begin, page, PROT_READ);
+  if (read_only) mprotect(page, page_size(), PROT_READ);
   return true;
 }
 
 int redirect_in(dl_phdr_info* info, size_t, void* data) {
   auto& search = *static_cast<Search*>(data);
   if (info->dlpi_name == nullptr || !is_named(info->dlpi_name, search.library)) return 0;
-  void** slot = find_slot(*info, search.function);
-  search.done = slot != nullptr && write_slot(slot, search.replacement, is_read_only(*info, slot));
+  struct Found {
+    void** slot;
+    void* before;
+    void* replacement;
+  };
+  std::vector<Found> found;
+  for (const Import& import : *search.imports) {
+    const auto slots = find_slots(*info, import.name);
+    if (slots.empty()) return 1;
+    for (void** slot : slots) {
+      // The loader's own code, in the library itself, where there was no call yet.
+      if (*slot != import.now && !is_within(*info, *slot)) return 1;
+      found.push_back({slot, *slot, import.replacement});
+    }
+  }
+  for (size_t i = 0; i < found.size(); ++i) {
+    if (write_slot(*info, found[i].slot, found[i].replacement)) continue;
+    while (i-- > 0) write_slot(*info, found[i].slot, found[i].before);
+    return 1;
+  }
+  search.done = true;
   return 1;
 }
 
 }  // namespace
 
-bool redirect_import(const char* library, const char* function, void* replacement) {
-  Search search{library, function, replacement};
+bool redirect_imports(const char* library, const std::vector<Import>& imports) {
+  Search search{library, &imports};
   dl_iterate_phdr(redirect_in, &search);
   return search.done;
 }
 #else
-bool redirect_import(const char*, const char*, void*) { return false; }
+bool redirect_imports(const char*, const std::vector<Import>&) { return false; }
 #endif
 
 }  // namespace fdg::cpu
