@@ -19,7 +19,7 @@ from fdg_cuda.staged_model import chain_of, lay_out
 
 BETWEEN, INSIDE = "between children", "inside children"
 # How many times as fast a step must be by what was measured.
-WORTH_CAPTURING = 1.03
+WORTH_CAPTURING = 1.01
 PATIENCE = 2.0  # of the measuring, in times the usual
 
 
