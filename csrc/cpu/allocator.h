@@ -1,10 +1,9 @@
 // The memory of torch's tensors on the CPU, set up for a training loop on several threads.
 //
 // A worker thread gets an arena of its own from glibc, whose large blocks come straight from the
-// kernel and go straight back: every activation of every batch is then paid for in page faults
-// (measured: a fifth of a ResNet-56 step). One arena for all that keeps what it has needs none, but
-// its lock puts stages to sleep (measured: another twentieth). So blocks that torch frees are kept
-// in a BlockCache.
+// kernel and go straight back: every activation of every batch is then paid for in page faults. One
+// arena for all that keeps what it has needs none, but its lock puts stages to sleep. So blocks
+// that torch frees are kept in a BlockCache.
 #pragma once
 
 #include <cstddef>
