@@ -20,9 +20,18 @@ def children() -> set[int]:
     Without the one that ``multiprocessing`` starts with the first spawned process and keeps to the end.
     """
     multiprocessing.active_children()  # which asks those of its own; else the next start would
-    lists = Path("/proc/self/task").glob("*/children")
-    found = {int(pid) for each in lists for pid in each.read_text().split()}
+    while (found := _children_of_every_thread()) is None:
+        pass
     return found - {resource_tracker._resource_tracker._pid}
+
+
+def _children_of_every_thread() -> set[int] | None:
+    """None if a thread ended meanwhile: its children belong to another one then."""
+    try:
+        lists = [each.read_text() for each in Path("/proc/self/task").glob("*/children")]
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return {int(pid) for each in lists for pid in each.split()}
 
 
 def descriptors() -> dict[str, str]:
