@@ -1,13 +1,14 @@
 """Whole training steps of all that could be used instead, side by side on two CPU cores.
 
-    python -m benchmarks.compare [--models resnet56] [--batches 128] [--ways fdg bp-2] [--rounds 5]
-                                 [--resume] [--quick] [--out FOLDER]
+    python -m benchmarks.compare [--models resnet56] [--batches 128] [--ways fdg bp-2]
+                                 [--sittings 3] [--rounds 9] [--resume] [--quick] [--out FOLDER]
 
 BP with one thread and with two, DDP, the pipelines of torch and torchgpipe, FDG the way its authors'
 program runs it, and this runner. Every pipeline gets the same cut, between children, the best by what
 layers take; but where a cut inside them is measured to be faster (``capture=True``), the runner's
 own stages are cut there. Each way lives in a process of its own (or two), warm, and they take turns, in
-another order in each round; ratios are taken within a round. A step is forward, backward and update,
+another order in each round; ratios are taken within a round. Behind some rounds all processes are
+started anew: another sitting. A step is forward, backward and update,
 with the data in memory. A way that fails or hangs is listed with its error; the others go on. After
 each case (a model and a batch size) the results are written; ``--resume`` goes on behind the last one.
 """
@@ -15,13 +16,11 @@ each case (a model and a batch size) the results are written; ``--resume`` goes 
 from __future__ import annotations
 
 import json
-import random
 import tempfile
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import track
@@ -32,100 +31,41 @@ from benchmarks.compare_cases import MODELS, TINY, Case
 from benchmarks.compare_cuts import WORTH_CAPTURING, measured_cuts, said
 from benchmarks.compare_processes import PROCESSES, layout_trial
 from benchmarks.compare_trainers import Place
-from benchmarks.compare_ways import WAYS, play, turn_of
-from benchmarks.harness import quartiles, write
-from benchmarks.turns import Answer, Make, Player, PlayerError
+from benchmarks.compare_ways import WAYS
+from benchmarks.contest import SUBJECT, Contest, Row
+from benchmarks.harness import write
+from benchmarks.turns import Make, Player, PlayerError
 
 BATCHES = (32, 128)
 QUICK_BATCHES = (16,)
 NAME = "compare"
-SUBJECT, YARDSTICK, BASELINE = "fdg", "bp-2", "published"  # of WAYS
+BASELINE = "published"  # of WAYS
 # With two stages it computes what SUBJECT does, but for beta, and waits for the same: neither is faster.
 SAME = "ddg"
 GOAL = 1.0
-LEAST_ROUNDS = 3
+LEAST_ROUNDS = 2
 LAYOUTS = {True: "channels_last", False: "contiguous"}
 
-Row = dict[str, Any]
+
+@dataclass(frozen=True)
+class Length:
+    """How much is measured of a case.
+
+    Attributes:
+        sittings: in each of which every way's processes are new.
+        rounds: of a sitting, at most.
+        seconds: behind which a sitting begins no further round, once it has had the least.
+        limit: seconds a turn may take.
+    """
+
+    sittings: int
+    rounds: int
+    seconds: float
+    limit: float
 
 
-class Contest:
-    """The ways of one case, taking turns. ``places``: of each process of a way."""
-
-    def __init__(self, ways: dict[str, list[Place]], limit: float) -> None:
-        self.errors: dict[str, str] = {}
-        self.rounds: list[dict[str, float]] = []
-        self._steps: dict[str, tuple[int, int]] = {}
-        self._answers: dict[str, list[list[Answer]]] = {name: [] for name in ways}
-        # All import at once, and get ready one after the other.
-        self._players = {
-            name: Player(
-                [partial(play, WAYS[name], place) for place in places],
-                limit,
-                WAYS[name].environment,
-            )
-            for name, places in ways.items()
-        }
-
-    def get_ready(self) -> None:
-        for name in list(self._players):
-            try:
-                self._players[name].get_ready()
-                answers = self._players[name].turn(1, 1)
-            except PlayerError as error:
-                self._give_up(name, error)
-            else:
-                self._steps[name] = turn_of(max(a.value.seconds_per_step for a in answers))
-
-    def round(self) -> None:
-        """A turn for everyone, in an order of its own."""
-        names = list(self._players)
-        seconds = {}
-        for name in random.Random(len(self.rounds)).sample(names, len(names)):
-            try:
-                answers = self._players[name].turn(*self._steps[name])
-            except PlayerError as error:
-                self._give_up(name, error)
-                continue
-            self._answers[name].append(answers)
-            seconds[name] = max(answer.value.seconds_per_step for answer in answers)
-        self.rounds.append(seconds)
-
-    def stop(self) -> None:
-        for player in self._players.values():
-            player.stop()
-
-    def row(self, name: str) -> Row:
-        """What is known of a way in the end."""
-        if name in self.errors:
-            return {"error": self.errors[name]}
-        turns = self._answers[name]
-        idle = sum(answer.idle_seconds for answer in (answers[0] for answers in turns))
-        cpu = sum(answer.idle_cpu_seconds for answers in turns for answer in answers)
-        return {
-            "seconds_per_step": quartiles([r[name] for r in self.rounds]),
-            "fdg_ratio": self._ratio(SUBJECT, name),
-            "to_bp_2": self._ratio(name, YARDSTICK),
-            "peak_bytes": sum(answer.peak_bytes for answer in turns[-1]),
-            "start_bytes": sum(answer.value.start_bytes for answer in turns[-1]),
-            "idle_cpu_share": cpu / idle,
-        }
-
-    def _ratio(self, a: str, b: str) -> dict[str, float] | None:
-        if not {a, b} <= set(self._players):
-            return None
-        return quartiles([r[a] / r[b] for r in self.rounds])
-
-    def _give_up(self, name: str, error: PlayerError) -> None:
-        self.errors[name] = str(error)
-        del self._players[name]
-
-
-def measure(
-    case: Case, ways: list[str], rounds: int, seconds: float, limit: float, console: Console
-) -> Row:
-    """Everything about one case. So many rounds at most, and no further one behind so many seconds, once
-    there are three."""
+def measure(case: Case, ways: list[str], length: Length, console: Console) -> Row:
+    """Everything about one case."""
     cuts = measured_cuts(case)
     with tempfile.TemporaryDirectory() as folder:
 
@@ -144,21 +84,25 @@ def measure(
                 ]
                 for layout in (True, False)
             }
-            faster, tried = faster_layout(trials, limit)
+            faster, tried = faster_layout(trials, length.limit)
             layouts.update(dict.fromkeys(pipelines, faster))
         contest = Contest(
-            {name: places(name, WAYS[name].processes, layouts[name]) for name in ways}, limit
+            {name: places(name, WAYS[name].processes, layouts[name]) for name in ways},
+            length.limit,
         )
-        try:
-            contest.get_ready()
-            begin = time.monotonic()
-            for done in track(
-                range(rounds), f"{case.name}, batch {case.batch_size}", console=console
-            ):
-                if done < LEAST_ROUNDS or time.monotonic() - begin < seconds:
-                    contest.round()
-        finally:
-            contest.stop()
+        for sitting in range(length.sittings):
+            try:
+                contest.begin_sitting()
+                begin = time.monotonic()
+                for done in track(
+                    range(length.rounds),
+                    f"{case.name}, batch {case.batch_size}, {sitting + 1}/{length.sittings}",
+                    console=console,
+                ):
+                    if done < LEAST_ROUNDS or time.monotonic() - begin < length.seconds:
+                        contest.round()
+            finally:
+                contest.end_sitting()
     return {
         "model": case.name,
         "batch_size": case.batch_size,
@@ -250,12 +194,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--models", nargs="+", choices=[*MODELS, *TINY], metavar="MODEL")
     parser.add_argument("--batches", nargs="+", type=int, metavar="SIZE")
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS), metavar="WAY")
-    parser.add_argument("--rounds", type=int, default=9, help="of a case, at most")
+    parser.add_argument("--sittings", type=int, default=3, help="of a case, with new processes")
+    parser.add_argument("--rounds", type=int, default=9, help="of a sitting, at most")
     parser.add_argument(
         "--seconds",
         type=float,
-        default=60.0,
-        help="after which a case begins no further round, once it has had 3",
+        default=30.0,
+        help=f"after which a sitting begins no further round, once it has had {LEAST_ROUNDS}",
     )
     parser.add_argument("--limit", type=float, default=120.0, help="seconds a turn may take")
     parser.add_argument("--resume", action="store_true", help="keep the cases the file has already")
@@ -263,8 +208,10 @@ def main(arguments: list[str] | None = None) -> None:
     out: Path = given.out
     models = given.models or list(TINY if given.quick else MODELS)
     batches = given.batches or (QUICK_BATCHES if given.quick else BATCHES)
+    length = Length(given.sittings, given.rounds, given.seconds, given.limit)
     settings = {
         "ways": given.ways,
+        "sittings": given.sittings,
         "rounds": given.rounds,
         "seconds": given.seconds,
         "worth_capturing": WORTH_CAPTURING,
@@ -290,9 +237,7 @@ def main(arguments: list[str] | None = None) -> None:
         for size in batches:
             if (name, size) in done:
                 continue
-            row = measure(
-                Case(name, size), given.ways, given.rounds, given.seconds, given.limit, console
-            )
+            row = measure(Case(name, size), given.ways, length, console)
             rows.append(row)
             show(console, row)
             console.print(f"written to {keep()}")

@@ -28,6 +28,7 @@ from benchmarks.turns import Answer, Player, PlayerError
 from fdg_cuda import reference
 from fdg_cuda.cutting import Cut
 
+LENGTH = ["--sittings", "2", "--rounds", "2", "--seconds", "0"]
 ABSENT = "ModuleNotFoundError: No module named 'absent'"
 IN_TWO_PROCESSES = [name for name, way in WAYS.items() if way.processes > 1]
 
@@ -136,9 +137,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         patch.setitem(
             WAYS, "gpipe-8", replace(WAYS["gpipe-8"], processes=1, hops=False, needs="absent")
         )
-        compare.main(
-            ["--quick", "--out", str(folder), "--batches", "4", "--rounds", "2", "--ways", *ways]
-        )
+        compare.main(["--quick", "--out", str(folder), "--batches", "4", *LENGTH, "--ways", *ways])
     found: dict[str, Any] = json.loads((folder / "compare.json").read_text())
     return found
 
@@ -150,7 +149,7 @@ def test_a_quick_run_measures_every_way_in_every_round(results: dict[str, Any]) 
         way = case["ways"][name]
         for key in ("seconds_per_step", "fdg_ratio", "to_bp_2"):
             assert 0 < way[key]["q1"] <= way[key]["median"] <= way[key]["q3"]
-            assert way[key]["n"] == 2
+            assert way[key]["n"] == 4
         assert way["peak_bytes"] > way["start_bytes"] > 1e7
         assert way["idle_cpu_share"] < 0.5, name  # of some milliseconds
     assert case["ways"]["fdg"]["fdg_ratio"]["median"] == 1
@@ -189,8 +188,8 @@ def test_an_interrupted_run_keeps_its_cases(
     common = ["--quick", "--resume", "--out", str(tmp_path), "--batches", "4", "8"]
     ways = ["--ways", *results["settings"]["ways"]]
     with pytest.raises(SystemExit):
-        compare.main([*common, *ways, "--rounds", "3"])
-    compare.main([*common, *ways, "--rounds", "2"])
+        compare.main([*common, *ways, *LENGTH, "--rounds", "3"])
+    compare.main([*common, *ways, *LENGTH])
     assert asked == [8]
     rows = json.loads((tmp_path / "compare.json").read_text())["cases"]
     assert [row["batch_size"] for row in rows] == [4, 8]
