@@ -7,6 +7,7 @@
 #include <memory>
 #include <optional>
 #include <set>
+#include <stdexcept>
 #include <string>
 #include <thread>
 #include <utility>
@@ -74,16 +75,21 @@ class PyScheduler {
   }
 
   static void close_all() {
+    at_exit().begun = true;
     const auto patience = std::chrono::steady_clock::now() + std::chrono::seconds(10);
     while (true) {
       const std::set<PyScheduler*> known = all();
       for (PyScheduler* scheduler : known)
         if (all().count(scheduler) > 0) scheduler->close();
       // A fit whose scheduler was closed ends soon; one that does not is not waited for for ever.
-      const bool fits_ended = at_exit().fits == 0 || std::chrono::steady_clock::now() > patience;
+      const bool fits_ended = at_exit().fits.empty() || std::chrono::steady_clock::now() > patience;
       if (at_exit().schedulers == 0 && at_exit().calls_without_gil == 0 && fits_ended) break;
-      py::gil_scoped_release no_gil;
-      std::this_thread::sleep_for(std::chrono::milliseconds(1));
+      wait_a_moment();
+    }
+    // Nor is a thread that caught the error and goes on with something else.
+    const auto short_patience = std::chrono::steady_clock::now() + std::chrono::seconds(1);
+    while (any_lives(at_exit().leaving) && std::chrono::steady_clock::now() < short_patience) {
+      wait_a_moment();
     }
     at_exit().ended = true;
   }
@@ -144,6 +150,20 @@ class PyScheduler {
     std::string known = "'trace'";
     for (const auto& entry : backends) known += ", '" + entry.first + "'";
     throw std::invalid_argument("unknown backend '" + name + "'; this build has " + known);
+  }
+
+  static void wait_a_moment() {
+    py::gil_scoped_release no_gil;
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  }
+
+  // Whether one of these is a thread of Python still.
+  static bool any_lives(const std::set<unsigned long>& threads) {
+    for (PyThreadState* state = PyInterpreterState_ThreadHead(PyInterpreterState_Get());
+         state != nullptr; state = PyThreadState_Next(state)) {
+      if (threads.count(state->thread_id) > 0) return true;
+    }
+    return false;
   }
 
   // A Python error can be handed back to Python only once, so after that a plain one is thrown.
@@ -239,8 +259,16 @@ PYBIND11_MODULE(_core, m) {
 
   py::module_::import("atexit").attr("register")(py::cpp_function(&PyScheduler::close_all));
 
-  m.def("fit_begins", [] { ++at_exit().fits; });
-  m.def("fit_ends", [] { --at_exit().fits; });
+  m.def("fit_begins", [] { return *at_exit().fits.insert(PyThread_get_thread_ident()); });
+  m.def(
+      "fit_ends",
+      [](unsigned long thread) {
+        const auto found = at_exit().fits.find(thread);
+        if (found == at_exit().fits.end()) throw std::logic_error("no such fit has begun");
+        at_exit().fits.erase(found);
+        if (at_exit().begun) at_exit().leaving.insert(thread);
+      },
+      py::arg("thread"));
   m.def("keeps_blocks", &fdg::cpu::keeps_blocks);
   m.def("kept_bytes", &fdg::cpu::kept_bytes);
   m.def("keep_freed_memory", &fdg::cpu::keep_freed_memory);

@@ -5,10 +5,11 @@ from typing import final
 
 backends: tuple[str, ...]
 
-def fit_begins() -> None:
-    """The end of the interpreter waits (ten seconds at most) until ``fit_ends`` was called too."""
+def fit_begins() -> int:
+    """The end of the interpreter waits (ten seconds at most) until ``fit_ends`` was called with
+    what this returns, this thread, and then (one second at most) until the thread has ended."""
 
-def fit_ends() -> None:
+def fit_ends(thread: int) -> None:
     """See ``fit_begins``."""
 
 def keeps_blocks() -> bool:

@@ -7,7 +7,6 @@ How batches go through the stages is the machine's: see :mod:`fdg_cuda.cpu_infer
 from __future__ import annotations
 
 import math
-import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
@@ -16,10 +15,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from fdg_cuda._core import fit_begins, fit_ends
 from fdg_cuda.batches import Batch, Batches, Loader, only_inputs
 from fdg_cuda.chain import check_output, check_scalar
 from fdg_cuda.errors import said_where
+from fdg_cuda.interpreter_end import awaited
 from fdg_cuda.interrupts import Interrupts
 from fdg_cuda.metrics import Average, Evaluation, correct_on_device
 from fdg_cuda.nested import Nested, check_nested, cloned, device_of, moved, sample_count
@@ -56,7 +55,7 @@ def evaluate(
             loss = check_scalar(loss_fn(output, target)).to(device)
         return torch.stack([loss.double().reshape(()), correct_on_device(output, target, device)])
 
-    with _awaited(), Interrupts() as interrupts, _evaluation_mode(chain.model):
+    with awaited(), Interrupts() as interrupts, _evaluation_mode(chain.model):
         results = machine.inference(chain, entering(), finish, to_host=True)
         with closing(results), interrupts.allowed():
             for result in results:
@@ -95,7 +94,7 @@ def predict_batches(
         with closing(results):
             while True:
                 # Not around the yield: between two outputs the caller is at work.
-                with _awaited(), Interrupts() as interrupts, interrupts.allowed():
+                with awaited(), Interrupts() as interrupts, interrupts.allowed():
                     output = next(results, END)
                 if output is END:
                     return
@@ -137,16 +136,3 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
         with Interrupts():
             for module, training in modes:
                 module.training = training
-
-
-@contextmanager
-def _awaited() -> Iterator[None]:
-    """The interpreter's end waits for what other threads than the main one do within."""
-    if threading.current_thread() is threading.main_thread():
-        yield
-        return
-    fit_begins()
-    try:
-        yield
-    finally:
-        fit_ends()

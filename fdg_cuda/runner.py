@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import logging
 import os
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -14,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fdg_cuda._core import fit_begins, fit_ends
 from fdg_cuda.arguments import check_backward_weights, check_fit, check_loss
 from fdg_cuda.backward_weights import BackwardWeights
 from fdg_cuda.batches import Batches, Loader
@@ -27,6 +25,7 @@ from fdg_cuda.fitting import Fit
 from fdg_cuda.gradients import UpdateRule
 from fdg_cuda.groups import GroupRule
 from fdg_cuda.inference import evaluate, predict, predict_batches
+from fdg_cuda.interpreter_end import awaited
 from fdg_cuda.interrupts import Interrupts
 from fdg_cuda.loss_scale import make_loss_scale
 from fdg_cuda.machines import check_options, make_machine
@@ -360,16 +359,12 @@ class FDGRunner:
             state=state,
             saver=saver,
         )
-        in_main_thread = threading.current_thread() is threading.main_thread()
-        if not in_main_thread:  # which the interpreter's end has to wait for
-            fit_begins()
         self._fit = fit
         try:
-            fit.run()
+            with awaited():
+                fit.run()
         finally:
             self._fit = None
-            if not in_main_thread:
-                fit_ends()
         return history
 
     def _before_epoch(self) -> None:

@@ -127,3 +127,18 @@ def test_the_interpreter_may_end_while_a_daemon_thread_submits(seconds: float) -
 
 def test_the_interpreter_may_end_while_a_daemon_thread_fits() -> None:
     ends_well(FIT + IN_DAEMON.format("fit") + END)
+
+
+FIT_AND_FREE = """
+def fit_and_free():
+    tensors = [torch.empty(1) for _ in range(100000)]
+    try:
+        fit()
+    except RuntimeError as error:
+        assert "closed by another thread" in str(error)
+"""
+
+
+def test_the_interpreter_may_end_while_a_daemon_thread_frees_what_its_fit_had() -> None:
+    """Torch lets go of Python's lock to free a tensor, and takes it again."""
+    ends_well(FIT + FIT_AND_FREE + IN_DAEMON.format("fit_and_free") + END)

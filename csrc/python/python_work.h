@@ -8,6 +8,7 @@
 
 #include <atomic>
 #include <memory>
+#include <set>
 #include <utility>
 
 #include "../action.h"
@@ -23,7 +24,10 @@ struct AtExit {
   bool ended = false;
   int calls_without_gil = 0;
   std::atomic<int> schedulers{0};
-  int fits = 0;  // in any thread: what they call of torch gives up and takes the GIL too
+  // By thread: what a fit calls of torch gives up and takes the GIL too, as does freeing a tensor.
+  bool begun = false;
+  std::multiset<unsigned long> fits;
+  std::set<unsigned long> leaving;  // whose fit ended since: what it held is freed a little later
 };
 AtExit& at_exit();
 
