@@ -7,8 +7,8 @@ BP with one thread and with two, DDP, the pipelines of torch and torchgpipe, FDG
 program runs it, and this runner. Every pipeline gets the same cut, between children, the best by what
 layers take; but where a cut inside them is measured to be faster (``capture=True``), the runner's
 own stages are cut there. Each way lives in a process of its own (or two), warm, and they take turns, in
-another order in each round; ratios are taken within a round. Behind some rounds all processes are
-started anew: another sitting. A step is forward, backward and update,
+another order in each round; ratios are taken within a round. After some rounds all processes are started
+anew: another sitting. A step is forward, backward and update,
 with the data in memory. A way that fails or hangs is listed with its error; the others go on. After
 each case (a model and a batch size) the results are written; ``--resume`` goes on behind the last one.
 """
@@ -28,11 +28,11 @@ from rich.table import Table
 
 from benchmarks.arguments import make_parser, parsed
 from benchmarks.compare_cases import MODELS, TINY, Case
-from benchmarks.compare_cuts import WORTH_CAPTURING, measured_cuts, said
 from benchmarks.compare_processes import PROCESSES, layout_trial
 from benchmarks.compare_trainers import Place
 from benchmarks.compare_ways import WAYS
 from benchmarks.contest import SUBJECT, Contest, Row
+from benchmarks.cuts import WORTH_CAPTURING, measured_cuts, said
 from benchmarks.harness import write
 from benchmarks.turns import Make, Player, PlayerError
 
@@ -66,12 +66,15 @@ class Length:
 
 def measure(case: Case, ways: list[str], length: Length, console: Console) -> Row:
     """Everything about one case."""
-    cuts = measured_cuts(case)
+    cuts = measured_cuts(case.chain(channels_last=True), case.batch(channels_last=True))
     with tempfile.TemporaryDirectory() as folder:
 
-        def places(name: str, processes: int, channels_last: bool) -> list[Place]:
-            meeting = str(Path(folder) / name)
-            return [Place(case, cuts, rank, meeting, channels_last) for rank in range(processes)]
+        def places(meeting: str, processes: int, channels_last: bool) -> list[Place]:
+            where = str(Path(folder) / meeting)
+            return [Place(case, cuts, rank, where, channels_last) for rank in range(processes)]
+
+        def of_way(name: str, sitting: int) -> list[Place]:
+            return places(f"{name} {sitting}", WAYS[name].processes, layouts[name])
 
         pipelines = [name for name in ways if WAYS[name].hops]
         layouts = dict.fromkeys(ways, case.model.convolutional)
@@ -86,10 +89,7 @@ def measure(case: Case, ways: list[str], length: Length, console: Console) -> Ro
             }
             faster, tried = faster_layout(trials, length.limit)
             layouts.update(dict.fromkeys(pipelines, faster))
-        contest = Contest(
-            {name: places(name, WAYS[name].processes, layouts[name]) for name in ways},
-            length.limit,
-        )
+        contest = Contest(ways, of_way, length.limit)
         for sitting in range(length.sittings):
             try:
                 contest.begin_sitting()
@@ -189,13 +189,21 @@ def goals(rows: list[Row]) -> list[Row]:
     return found
 
 
+def at_least_one(said: str) -> int:
+    if (number := int(said)) < 1:
+        raise ValueError
+    return number
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--models", nargs="+", choices=[*MODELS, *TINY], metavar="MODEL")
     parser.add_argument("--batches", nargs="+", type=int, metavar="SIZE")
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS), metavar="WAY")
-    parser.add_argument("--sittings", type=int, default=3, help="of a case, with new processes")
-    parser.add_argument("--rounds", type=int, default=9, help="of a sitting, at most")
+    parser.add_argument(
+        "--sittings", type=at_least_one, default=3, help="of a case, with new processes"
+    )
+    parser.add_argument("--rounds", type=at_least_one, default=9, help="of a sitting, at most")
     parser.add_argument(
         "--seconds",
         type=float,

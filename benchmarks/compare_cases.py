@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from benchmarks.steps import Batch
 from fdg_cuda import models
 
-STAGES = 2
 CLASSES = 10
 
 

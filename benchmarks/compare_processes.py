@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks.compare_cases import STAGES
 from benchmarks.compare_trainers import Place, Stepwise, Trainer, sgd
+from benchmarks.cuts import STAGES
 from benchmarks.steps import plain_step
 
 PROCESSES = 2

@@ -13,8 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from benchmarks.compare_cases import STAGES, Case
-from benchmarks.compare_cuts import Cuts
+from benchmarks.compare_cases import Case
+from benchmarks.cuts import STAGES, Cuts
 from benchmarks.steps import HYPER, LossFunction, SteadyRunner, plain_step
 from benchmarks.threads_per_batch import ThreadsPerBatch
 from fdg_cuda import FDGRunner

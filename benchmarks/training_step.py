@@ -3,8 +3,10 @@
     python -m benchmarks.training_step [--model resnet56] [--batch-size 128] [--rounds 8]
                                        [--quick] [--out FOLDER]
 
-Every case lives in a process of its own, warm, and they take turns step by step, so that a slow
-moment of the machine meets all of them. Ratios are taken within a round. ``fdg`` is timed in the
+``fdg`` is cut between two children (residual blocks), and where what the layers take predicts that a
+cut inside one is faster (``capture=True``), there too, as a case of its own. Every case lives in a
+process of its own, warm, and they take turns step by step, so that a slow moment of the machine meets
+all of them. Ratios are taken within a round. ``fdg`` is timed in the
 steady state: from one batch's loss to the next, with every stage at work on one.
 """
 
@@ -16,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -28,13 +31,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.arguments import make_parser, parsed, settings_of
+from benchmarks.cuts import STAGES, measured_cuts
 from benchmarks.harness import quartiles, write
 from benchmarks.steps import HYPER, SteadyRunner, plain_step
 from benchmarks.turns import Player
 from fdg_cuda import FDGRunner, models
 from fdg_cuda._core import Work, keep_freed_memory
 from fdg_cuda.cpu_stage import CpuStage
-from fdg_cuda.layer_times import anew
 from fdg_cuda.layout import Step
 from fdg_cuda.stage import Stage
 
@@ -75,15 +78,12 @@ def bp(settings: argparse.Namespace, threads: int) -> Steps:
     return steps
 
 
-def split_of(settings: argparse.Namespace) -> list[int] | None:
-    return [int(index) for index in settings.split.split(",")] if settings.split else None
-
-
 def runner_of(
     settings: argparse.Namespace,
     stages: int,
     *,
     method: str = "fdg",
+    inside: bool = False,
     threads: int | None = None,
     loss_fn: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> FDGRunner:
@@ -92,18 +92,19 @@ def runner_of(
         model,
         ["cpu"] * stages,
         method=method,
-        split=split_of(settings),
+        split=settings.inside if inside else settings.split,
+        capture=inside,
         cpu_threads=threads or stages,
         loss_fn=loss_fn,
         **HYPER,
     )
 
 
-def fdg(settings: argparse.Namespace, stages: int) -> Steps:
-    """The runner, one core per stage."""
+def fdg(settings: argparse.Namespace, stages: int, *, inside: bool = False) -> Steps:
+    """The runner, one core per stage. ``inside``: cut inside a child."""
     _, batch = make(settings)
     steady = SteadyRunner(
-        lambda loss_fn: runner_of(settings, stages, loss_fn=loss_fn),
+        lambda loss_fn: runner_of(settings, stages, inside=inside, loss_fn=loss_fn),
         batch,
     )
     steady.runner.fit([batch])
@@ -140,7 +141,7 @@ def parts_at_once(settings: argparse.Namespace, stages: int) -> Steps:
     keep_freed_memory()
     torch.set_num_threads(1)
     model, (x, y) = make(settings)
-    bounds = [0, *(split_of(settings) or []), len(model)]
+    bounds = [0, *settings.split, len(model)]
     assert len(bounds) == stages + 1
     parts = [model[a:b] for a, b in pairwise(bounds)]
     inputs, errors = [x], []
@@ -197,16 +198,20 @@ def time_actions(stage: Stage, spent: dict[int, float]) -> None:
     stage.work = work  # type: ignore[method-assign]
 
 
+INSIDE = "fdg K=2, cut inside a block"
 CASES: dict[str, Callable[[argparse.Namespace], Steps]] = {
     "bp, 1 core": lambda settings: bp(settings, 1),
     "bp, 2 cores": lambda settings: bp(settings, 2),
-    "fdg K=2, 1 core each": lambda settings: fdg(settings, 2),
-    "slowest stage alone, 1 core": lambda settings: stages_alone(settings, 2),
-    "both parts at once, nothing exchanged": lambda settings: parts_at_once(settings, 2),
+    "fdg K=2, 1 core each": lambda settings: fdg(settings, STAGES),
+    INSIDE: lambda settings: fdg(settings, STAGES, inside=True),
+    "slowest stage alone, 1 core": lambda settings: stages_alone(settings, STAGES),
+    "both parts at once, nothing exchanged": lambda settings: parts_at_once(settings, STAGES),
 }
 RATIOS: list[tuple[str, str, float | None]] = [
     ("fdg K=2, 1 core each", "bp, 1 core", 0.52),
     ("fdg K=2, 1 core each", "bp, 2 cores", 0.92),
+    (INSIDE, "bp, 1 core", 0.52),
+    (INSIDE, "bp, 2 cores", 0.92),
     ("fdg K=2, 1 core each", "slowest stage alone, 1 core", 1.03),
     ("fdg K=2, 1 core each", "both parts at once, nothing exchanged", None),
     ("both parts at once, nothing exchanged", "bp, 2 cores", None),
@@ -224,15 +229,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--model", default="resnet56", choices=models.names())
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--split", default="", help="where stage 1 begins; default: measured")
     parser.add_argument("--channels-last", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--name", default="training_step", help="of the result file")
     given = parsed(parser, arguments)
     settings = settings_of(given, QUICK)
     console = Console()
-    if not settings.split:
-        settings.split = str(measured_split(settings)[0])
-    players = {name: Player([partial(warm, name, settings)], LIMIT_SECONDS) for name in CASES}
+    vars(settings).update(asdict(measured_cuts(*make(settings))))
+    names = [name for name in CASES if name != INSIDE or settings.inside]
+    players = {name: Player([partial(warm, name, settings)], LIMIT_SECONDS) for name in names}
     for player in players.values():
         player.get_ready()  # one after the other: warm-ups must not disturb each other
     rounds: list[dict[str, float]] = []
@@ -241,10 +245,11 @@ def main(arguments: list[str] | None = None) -> None:
     for player in players.values():
         player.stop()
 
-    cases = {name: quartiles([r[name] for r in rounds]) for name in CASES}
+    cases = {name: quartiles([r[name] for r in rounds]) for name in names}
     ratios = [
         {"of": a, "to": b, "goal": goal, **quartiles([r[a] / r[b] for r in rounds])}
         for a, b, goal in RATIOS
+        if {a, b} <= cases.keys()
     ]
     file = write(
         settings.name,
@@ -253,15 +258,6 @@ def main(arguments: list[str] | None = None) -> None:
     )
     show(console, settings, cases, ratios)
     console.print(f"written to {file}")
-
-
-def measured_split(settings: argparse.Namespace) -> list[int]:
-    runner = runner_of(settings, 2)
-    _, batch = make(settings)
-    with anew():
-        runner.fit([batch])
-    assert runner.split is not None
-    return runner.split
 
 
 def show(

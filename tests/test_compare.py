@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from way_states import CASE, SPLIT, place, trained, training
 
-from benchmarks import compare, compare_cuts
-from benchmarks.compare_cases import STAGES, Case
-from benchmarks.compare_cuts import BETWEEN, INSIDE, Cuts
+from benchmarks import compare, contest, cuts
+from benchmarks.compare_cases import Case
 from benchmarks.compare_trainers import Running
-from benchmarks.compare_ways import OURS, PLAIN, PUBLISHED, WAYS, turn_of
+from benchmarks.compare_ways import OURS, PLAIN, PUBLISHED, WAYS, Turn, turn_of
+from benchmarks.cuts import BETWEEN, INSIDE, STAGES, Cuts
 from benchmarks.reports import compare as report
 from benchmarks.reports import markdown
 from benchmarks.steps import HYPER
@@ -79,12 +79,12 @@ def test_the_runner_is_cut_inside_children_where_that_is_so_much_faster(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, one_torch_thread: None
 ) -> None:
     def cuts_if_worth(times: float) -> Cuts:
-        monkeypatch.setattr(compare_cuts, "WORTH_CAPTURING", times)
-        return compare_cuts.measured_cuts(CASE)
+        monkeypatch.setattr(cuts, "WORTH_CAPTURING", times)
+        return cuts.measured_cuts(CASE.chain(channels_last=True), CASE.batch(channels_last=True))
 
     with monkeypatch.context() as patch:
         first = {"stage_seconds": [1.0], "hop_seconds": [0.0], "memory": []}
-        patch.setattr(compare_cuts, "best_cut", lambda *_, allowed, **__: Cut(allowed[:1], **first))
+        patch.setattr(cuts, "best_cut", lambda *_, allowed, **__: Cut(allowed[:1], **first))
         known = cuts_if_worth(0.0)
         assert (known.split, known.points) == ([1], ["1"])
 
@@ -132,7 +132,7 @@ def test_ways_in_two_processes_compute_what_bp_does(tmp_path: Path, one_torch_th
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("compare")
-    ways = ["bp-2", "gpipe-8", "fdg"]
+    ways = ["bp-2", "ddp", "gpipe-8", "fdg"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(
             WAYS, "gpipe-8", replace(WAYS["gpipe-8"], processes=1, hops=False, needs="absent")
@@ -145,8 +145,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_a_quick_run_measures_every_way_in_every_round(results: dict[str, Any]) -> None:
     (case,) = results["cases"]
     assert case["ways"]["gpipe-8"]["error"] == ABSENT
-    for name in ("bp-2", "fdg"):
+    for name in ("bp-2", "ddp", "fdg"):
         way = case["ways"][name]
+        assert [len(seconds) for seconds in way["seconds_by_sitting"]] == [2, 2]
         for key in ("seconds_per_step", "fdg_ratio", "to_bp_2"):
             assert 0 < way[key]["q1"] <= way[key]["median"] <= way[key]["q3"]
             assert way[key]["n"] == 4
@@ -193,6 +194,58 @@ def test_an_interrupted_run_keeps_its_cases(
     assert asked == [8]
     rows = json.loads((tmp_path / "compare.json").read_text())["cases"]
     assert [row["batch_size"] for row in rows] == [4, 8]
+
+
+def test_every_sitting_has_new_processes_of_the_ways_that_work(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    alive: list[str] = []
+    begun: list[str] = []
+
+    class Fake:
+        """In place of processes: a step takes as long as this is the how-manieth of its way."""
+
+        def __init__(self, makes: list[Any], limit: float, environment: dict[str, str]) -> None:
+            (make,) = makes
+            self.name = make.args[1]
+            begun.append(self.name)
+            alive.append(self.name)
+            self.turns = 0
+
+        def get_ready(self) -> None:
+            if self.name == "ddp 0":
+                alive.remove(self.name)
+                raise PlayerError("as it should")
+
+        def turn(self, warm_up: int, steps: int) -> list[Answer]:
+            self.turns += 1
+            if (self.name, self.turns) == ("published 1", 3):
+                alive.remove(self.name)
+                raise PlayerError("in the second sitting")
+            seconds = float(1 + int(self.name[-1]))
+            return [Answer(Turn(seconds, 10), 2.0, 0.5, 100 - self.turns)]
+
+        def stop(self) -> None:
+            alive.remove(self.name)
+
+    monkeypatch.setattr(contest, "Player", Fake)
+    ways = ["bp-2", "ddp", "published", "fdg"]
+    found = contest.Contest(ways, lambda name, sitting: [f"{name} {sitting}"], 1.0)  # type: ignore
+    for _ in range(2):
+        found.begin_sitting()
+        for _ in range(2):
+            found.round()
+        found.end_sitting()
+        assert not alive
+    assert begun == [*(f"{way} 0" for way in ways), "bp-2 1", "published 1", "fdg 1"]
+    assert found.row("ddp") == {"error": "as it should"}
+    assert found.row("published") == {"error": "in the second sitting"}
+    row = found.row("fdg")
+    assert row["seconds_by_sitting"] == [[1.0, 1.0], [2.0, 2.0]]
+    assert row["seconds_per_step"]["median"] == 1.5
+    assert (row["peak_bytes"], row["start_bytes"], row["idle_cpu_share"]) == (98, 10, 0.25)
+    assert row["to_bp_2"]["q3"] == 1
+    assert found._ratio("fdg", "published") is None
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,10 @@ from pathlib import Path
 from torch import Tensor
 
 from benchmarks.compare_cases import TINY, Case
-from benchmarks.compare_cuts import Cuts
 from benchmarks.compare_processes import layout_trial
 from benchmarks.compare_trainers import Place
 from benchmarks.compare_ways import WAYS
+from benchmarks.cuts import Cuts
 
 (MODEL,) = TINY
 CASE, SPLIT, COUNT = Case(MODEL, 16), [2], 3

@@ -8,8 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.compare_cases import EVERY_MODEL
-from benchmarks.compare_cuts import WORTH_CAPTURING, said
 from benchmarks.compare_ways import OURS, PEER
+from benchmarks.cuts import WORTH_CAPTURING, said
 from benchmarks.reports.goals import Goal
 from benchmarks.reports.markdown import NOT_MEASURED, load, origin, spread, table
 from benchmarks.steps import SETTLING
@@ -69,6 +69,7 @@ def section() -> list[str]:
         "![Time per step relative to BP with two threads](results/compare.png)",
         "",
         *NOTES,
+        *of_sittings(results["settings"].get("sittings", 1)),
         f"The models, by name and batch size: {said_of_models(cases)}.",
         "",
         "The time of `fdg` over that of each way, medians of ratios within a round; below 1 `fdg` is "
@@ -123,6 +124,17 @@ def summary() -> list[str]:
         "",
         *table(headings, rows),
         *origin(results),
+    ]
+
+
+def of_sittings(count: int) -> list[str]:
+    if count == 1:
+        return []
+    return [
+        f"The processes of all ways were started {count} times for each case: two processes of the same "
+        "program differ by some percent for as long as they live. Quartiles are over all rounds; "
+        "those of each start are in the file (`seconds_by_sitting`).",
+        "",
     ]
 
 

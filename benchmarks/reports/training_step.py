@@ -12,6 +12,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+NOTES = [
+    "The parts alone and at once are those of the cut between two blocks: `fdg` with that cut cannot be "
+    "faster than they are. With `capture=True` it can be cut inside a block, which is measured where it "
+    "is predicted to be faster.",
+    "",
+]
+
+
 def section() -> list[str]:
     results = load("training_step")
     heading = "**Whole training steps** (medians, quartiles in brackets; ratios within a round)"
@@ -24,6 +32,7 @@ def section() -> list[str]:
         "",
         "![seconds per training step](results/training_step.png)",
         "",
+        *NOTES,
         *table([case(results), "seconds per step"], seconds),
         *table(["ratio", "measured", "goal"], ratios),
         *origin(results),
@@ -61,4 +70,6 @@ def picture(results: dict[str, Any]) -> Figure:
 def case(results: dict[str, Any]) -> str:
     s = results["settings"]
     layout = "channels_last" if s["channels_last"] else "contiguous"
-    return f"{s['model']}, batch {s['batch_size']}, 3x32x32, {layout}"
+    split = ", ".join(map(str, s["split"]))
+    inside = f" (inside a block: {', '.join(s['points'])})" if s["points"] else ""
+    return f"{s['model']}, batch {s['batch_size']}, 3x32x32, {layout}, cut at {split}{inside}"

@@ -1,4 +1,4 @@
-"""Where :mod:`benchmarks.compare` cuts: between children for all, and inside them where that pays for
+"""Where models are cut to be compared: between children for all, and inside them where that pays for
 this runner's own stages."""
 
 from __future__ import annotations
@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from torch import nn
+
 from benchmarks.alone import machine
-from benchmarks.compare_cases import STAGES, Case
+from benchmarks.steps import Batch
 from fdg_cuda.cutting import best_cut
 from fdg_cuda.errors import ModelCaptureError
 from fdg_cuda.layer_times import anew
@@ -17,6 +19,7 @@ from fdg_cuda.metrics import cross_entropy
 from fdg_cuda.precision import Precision
 from fdg_cuda.staged_model import chain_of, lay_out
 
+STAGES = 2
 BETWEEN, INSIDE = "between children", "inside children"
 # How many times as fast a step must be by what was measured.
 WORTH_CAPTURING = 1.01
@@ -41,14 +44,12 @@ class Cuts:
     predicted: dict[str, float] = field(default_factory=dict)
 
 
-def measured_cuts(case: Case) -> Cuts:
+def measured_cuts(model: nn.Sequential, batch: Batch) -> Cuts:
     """Where the runner's search cuts it, by what the pieces of the captured chain take here and now.
 
     Raises:
         ModelCaptureError: the chain cannot be captured.
     """
-    batch = case.batch(channels_last=True)
-    model = case.chain(channels_last=True)
     chain = chain_of(model, capture=True)
     lay_out(chain, batch[0], Precision.FLOAT32)
     children = {}
