@@ -4,6 +4,7 @@
 
 #include <atomic>
 #include <chrono>
+#include <iterator>
 #include <memory>
 #include <optional>
 #include <set>
@@ -32,6 +33,7 @@ namespace py = pybind11;
 namespace {
 
 using fdg::at_exit;
+using fdg::AtExit;
 using fdg::GilRelease;
 using fdg::cpu::FlatSgd;
 using fdg::trace::Extent;
@@ -44,11 +46,36 @@ using fdg::trace::Simulation;
 // ticks within which training stops, but for nets so small that nobody would notice.
 constexpr std::chrono::milliseconds kSignalInterval{2};
 
+// At the end of the interpreter, for a fit in another thread to end, and behind one for its thread.
+constexpr std::chrono::seconds kFitPatience{10};
+constexpr std::chrono::seconds kFreeingPatience{1};
+
+void refuse_at_exit() {
+  if (at_exit().begun) throw std::runtime_error("the interpreter is ending");
+}
+
+uint64_t fit_begins() {
+  refuse_at_exit();
+  return *at_exit().fits.insert(PyThreadState_GetID(PyThreadState_Get()));
+}
+
+void fit_ends(uint64_t thread) {
+  const auto found = at_exit().fits.find(thread);
+  if (found == at_exit().fits.end()) throw std::logic_error("no such fit has begun");
+  at_exit().fits.erase(found);
+  const auto now = AtExit::Clock::now();
+  auto& left = at_exit().left;
+  for (auto each = left.begin(); each != left.end();) {
+    each = each->second + kFreeingPatience < now ? left.erase(each) : std::next(each);
+  }
+  left[thread] = now;
+}
+
 class PyScheduler {
  public:
   PyScheduler(const std::string& backend, const std::vector<std::string>& streams,
               int max_ticks_in_flight, const fdg::BackendOptions& options) {
-    if (at_exit().ended) throw std::runtime_error("the interpreter is ending");
+    refuse_at_exit();
     std::unique_ptr<fdg::Scheduler> scheduler;
     {
       GilRelease no_gil;
@@ -76,20 +103,17 @@ class PyScheduler {
 
   static void close_all() {
     at_exit().begun = true;
-    const auto patience = std::chrono::steady_clock::now() + std::chrono::seconds(10);
+    const auto begin = AtExit::Clock::now();
     while (true) {
       const std::set<PyScheduler*> known = all();
       for (PyScheduler* scheduler : known)
         if (all().count(scheduler) > 0) scheduler->close();
-      // A fit whose scheduler was closed ends soon; one that does not is not waited for for ever.
-      const bool fits_ended = at_exit().fits.empty() || std::chrono::steady_clock::now() > patience;
-      if (at_exit().schedulers == 0 && at_exit().calls_without_gil == 0 && fits_ended) break;
-      wait_a_moment();
-    }
-    // Nor is a thread that caught the error and goes on with something else.
-    const auto short_patience = std::chrono::steady_clock::now() + std::chrono::seconds(1);
-    while (any_lives(at_exit().leaving) && std::chrono::steady_clock::now() < short_patience) {
-      wait_a_moment();
+      const auto now = AtExit::Clock::now();
+      if (at_exit().schedulers == 0 && at_exit().calls_without_gil == 0 &&
+          !is_fit_awaited(begin, now))
+        break;
+      py::gil_scoped_release no_gil;
+      std::this_thread::sleep_for(std::chrono::milliseconds(1));
     }
     at_exit().ended = true;
   }
@@ -152,16 +176,15 @@ class PyScheduler {
     throw std::invalid_argument("unknown backend '" + name + "'; this build has " + known);
   }
 
-  static void wait_a_moment() {
-    py::gil_scoped_release no_gil;
-    std::this_thread::sleep_for(std::chrono::milliseconds(1));
-  }
-
-  // Whether one of these is a thread of Python still.
-  static bool any_lives(const std::set<unsigned long>& threads) {
+  // Whether a thread still has a fit, which ends soon once its scheduler was closed, or frees what
+  // it had. Neither is waited for for ever: it may hang, or go on with something else.
+  static bool is_fit_awaited(AtExit::Clock::time_point begin, AtExit::Clock::time_point now) {
     for (PyThreadState* state = PyInterpreterState_ThreadHead(PyInterpreterState_Get());
          state != nullptr; state = PyThreadState_Next(state)) {
-      if (threads.count(state->thread_id) > 0) return true;
+      const uint64_t thread = PyThreadState_GetID(state);
+      if (at_exit().fits.count(thread) > 0 && now < begin + kFitPatience) return true;
+      const auto found = at_exit().left.find(thread);
+      if (found != at_exit().left.end() && now < found->second + kFreeingPatience) return true;
     }
     return false;
   }
@@ -259,16 +282,8 @@ PYBIND11_MODULE(_core, m) {
 
   py::module_::import("atexit").attr("register")(py::cpp_function(&PyScheduler::close_all));
 
-  m.def("fit_begins", [] { return *at_exit().fits.insert(PyThread_get_thread_ident()); });
-  m.def(
-      "fit_ends",
-      [](unsigned long thread) {
-        const auto found = at_exit().fits.find(thread);
-        if (found == at_exit().fits.end()) throw std::logic_error("no such fit has begun");
-        at_exit().fits.erase(found);
-        if (at_exit().begun) at_exit().leaving.insert(thread);
-      },
-      py::arg("thread"));
+  m.def("fit_begins", &fit_begins);
+  m.def("fit_ends", &fit_ends, py::arg("thread"));
   m.def("keeps_blocks", &fdg::cpu::keeps_blocks);
   m.def("kept_bytes", &fdg::cpu::kept_bytes);
   m.def("keep_freed_memory", &fdg::cpu::keep_freed_memory);

@@ -6,8 +6,12 @@ from typing import final
 backends: tuple[str, ...]
 
 def fit_begins() -> int:
-    """The end of the interpreter waits (ten seconds at most) until ``fit_ends`` was called with
-    what this returns, this thread, and then (one second at most) until the thread has ended."""
+    """The end of the interpreter waits (ten seconds at most) until ``fit_ends`` was called with what
+    this returns, this thread, and from then on (one second at most) until the thread has ended.
+
+    Raises:
+        RuntimeError: the interpreter is ending.
+    """
 
 def fit_ends(thread: int) -> None:
     """See ``fit_begins``."""

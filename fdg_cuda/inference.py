@@ -75,7 +75,7 @@ def predict(machine: Machine, chain: ModelChain, x: Nested) -> Nested:
         check_nested(x, "predict takes the input of one batch, which")
     except TypeError as error:
         raise TypeError(f"{error} For a loader: runner.predict_batches(loader).") from None
-    with _evaluation_mode(chain.model), torch.no_grad():
+    with awaited(), _evaluation_mode(chain.model), torch.no_grad():
         output = check_output(machine.forward(chain, cloned(x)), "the model")
         return moved(output, device_of(x))
 

@@ -342,7 +342,8 @@ class FDGRunner:
             saver = Saver(settings, state, epochs)
         batches = Batches(loader, epochs, state.before_reading if state else lambda: None)
         try:
-            self._staged.cut(batches, self._loss_fn, saver)
+            with awaited():
+                self._staged.cut(batches, self._loss_fn, saver)
         except BaseException:
             batches.close()  # the loader's processes would else live as long as the exception
             raise

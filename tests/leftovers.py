@@ -27,9 +27,13 @@ def children() -> set[int]:
 
 def _children_of_every_thread() -> set[int] | None:
     """None if a thread ended meanwhile: its children belong to another one then."""
+    tasks = Path("/proc/self/task")
+    threads = set(os.listdir(tasks))
     try:
-        lists = [each.read_text() for each in Path("/proc/self/task").glob("*/children")]
+        lists = [(tasks / thread / "children").read_text() for thread in threads]
     except (FileNotFoundError, ProcessLookupError):
+        return None
+    if threads - set(os.listdir(tasks)):
         return None
     return {int(pid) for each in lists for pid in each.split()}
 

@@ -54,6 +54,7 @@ def test_every_table_has_its_rows(results: dict[str, Any]) -> None:
     assert "| 1 k, many small tensors, 1 thread | " in text
     assert "| a copy of 4.1 kB | " in text
     assert "threads, beside an idle team | " in text
+    assert "threads: the runner's cache keeps it | " in text
     assert "hop on the CPU, by reference" in "\n".join(micro.summary())
 
 

@@ -28,6 +28,11 @@ HANDED = {
     "native": "nothing, by native actions",
     "reference": "a tensor by reference, as stages on the CPU do",
 }
+MEMORY = {
+    "library": "the C library's memory as it comes",
+    "set_up": "the C library keeps it (one arena)",
+    "cache": "the runner's cache keeps it",
+}
 MISSED = ", missed"
 SUMMARY_STAGES = (2, 8)
 
@@ -41,6 +46,7 @@ def section() -> list[str]:
         *updates(of_kind(results, "update")),
         *hops(of_kind(results, "hop")),
         *idle_threads(of_kind(results, "idle_threads")),
+        *freed_memory(of_kind(results, "freed_memory")),
         *([] if results is None else origin(results)),
     ]
 
@@ -227,6 +233,31 @@ def idle_threads(cases: list[Case]) -> list[str]:
         "or without sleeping OpenMP threads of its own: why the runner ends those of the thread that "
         "calls `fit`.",
         ["a step", "ms", "times without them"],
+        rows,
+    )
+
+
+def freed_memory(cases: list[Case]) -> list[str]:
+    """A row per kind of memory."""
+    rows = [
+        [
+            f"{case['model']}, batch {case['batch_size']}, {case['threads']} threads: {said}",
+            spread(case["ms"][kind], 1),
+            spread(case["ratio"][kind]),
+            spread(case["pages"][kind], 0),
+            spread(case["sleeps"][kind], 1),
+        ]
+        for case in cases
+        for kind, said in MEMORY.items()
+    ]
+    return told(
+        "**Freed tensors' memory**",
+        "Threads that have nothing to do with each other train small nets in plain torch, one intra-op "
+        "thread each; processes with different memory take turns, and are started anew after some "
+        "rounds. This is why the runner keeps freed memory itself, and not by the C library's settings. "
+        "Pages and sleeps are those of the process, per step of a thread; it sleeps where it waits for "
+        "Python's lock, for the C library's, or for the system's.",
+        ["a step", "ms", "time / with the cache", "pages asked for", "times asleep"],
         rows,
     )
 

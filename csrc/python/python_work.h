@@ -7,6 +7,9 @@
 #include <pybind11/pybind11.h>
 
 #include <atomic>
+#include <chrono>
+#include <cstdint>
+#include <map>
 #include <memory>
 #include <set>
 #include <utility>
@@ -20,14 +23,19 @@ namespace py = pybind11;
 // Python ends threads that want the GIL once it is shutting down, in the midst of C++ frames, which
 // takes the process down. So the end of the interpreter waits until no native call is without the
 // GIL and no scheduler is left; from then on calls keep it. Touched with the GIL only.
+//
+// A fit in another thread (or another use of stages that runs the model) ends by an error then. But
+// what it called of torch takes the GIL too, and so does freeing its tensors, a little later.
 struct AtExit {
+  using Clock = std::chrono::steady_clock;
+
+  bool begun = false;
   bool ended = false;
   int calls_without_gil = 0;
   std::atomic<int> schedulers{0};
-  // By thread: what a fit calls of torch gives up and takes the GIL too, as does freeing a tensor.
-  bool begun = false;
-  std::multiset<unsigned long> fits;
-  std::set<unsigned long> leaving;  // whose fit ended since: what it held is freed a little later
+  // Numbers of Python's thread states: an operating system's thread may get the name of a dead one.
+  std::multiset<uint64_t> fits;
+  std::map<uint64_t, Clock::time_point> left;  // of threads, their last fit, when it was
 };
 AtExit& at_exit();
 
