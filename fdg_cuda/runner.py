@@ -341,31 +341,29 @@ class FDGRunner:
             state = self._state(recipe, loader, lr_scheduler, listeners, history)
             saver = Saver(settings, state, epochs)
         batches = Batches(loader, epochs, state.before_reading if state else lambda: None)
-        try:
-            with awaited():
+        with awaited():
+            try:
                 self._staged.cut(batches, self._loss_fn, saver)
-        except BaseException:
-            batches.close()  # the loader's processes would else live as long as the exception
-            raise
-        fit = Fit(
-            partial(self._pipeline, measures),
-            batches,
-            epochs,
-            optimizer=self.optimizer,
-            history=history,
-            callbacks=listeners,
-            before_epoch=self._before_epoch,
-            lr_scheduler=lr_scheduler,
-            lr_step=lr_step,
-            state=state,
-            saver=saver,
-        )
-        self._fit = fit
-        try:
-            with awaited():
-                fit.run()
-        finally:
-            self._fit = None
+            except BaseException:
+                batches.close()  # the loader's processes would else live as long as the exception
+                raise
+            self._fit = Fit(
+                partial(self._pipeline, measures),
+                batches,
+                epochs,
+                optimizer=self.optimizer,
+                history=history,
+                callbacks=listeners,
+                before_epoch=self._before_epoch,
+                lr_scheduler=lr_scheduler,
+                lr_step=lr_step,
+                state=state,
+                saver=saver,
+            )
+            try:
+                self._fit.run()
+            finally:
+                self._fit = None
         return history
 
     def _before_epoch(self) -> None:
