@@ -8,11 +8,12 @@ from itertools import pairwise
 
 from torch import nn
 
-from fdg_cuda._core import Scheduler, Span, keep_freed_memory, return_freed_memory
+from fdg_cuda._core import Scheduler, Span
 from fdg_cuda.backward_weights import BackwardWeights
 from fdg_cuda.batches import Batch
 from fdg_cuda.cpu_stage import CpuStage
 from fdg_cuda.cpu_threads import set_threads_of_streams
+from fdg_cuda.freed_memory import KeptMemory
 from fdg_cuda.gradients import UpdateRule
 from fdg_cuda.hyper import HyperTable
 from fdg_cuda.layout import CpuLayout, Step
@@ -80,7 +81,7 @@ def run_alone(
     layout = OneByOne(schedule, MODE)
     first = schedule.slots(0)
     total = first + batches
-    keep_freed_memory()  # as `fit` does
+    memory = KeptMemory()  # as `fit` has it
     scheduler = Scheduler("cpu", layout.streams, max_ticks_in_flight=MAX_TICKS_IN_FLIGHT)
     try:
         set_threads_of_streams(scheduler, len(stages), threads)
@@ -102,4 +103,4 @@ def run_alone(
         for stage in stages:
             stage.end_epoch()
             stage.end_fit()
-        return_freed_memory()
+        memory.close()

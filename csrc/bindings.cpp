@@ -71,6 +71,25 @@ void fit_ends(uint64_t thread) {
   left[thread] = now;
 }
 
+// Freed memory is kept until this is closed. Its destructor is no Python, in which a signal would
+// be delivered and lost.
+class FreedMemory {
+ public:
+  FreedMemory() { fdg::cpu::keep_freed_memory(); }
+  ~FreedMemory() { close(); }
+  FreedMemory(const FreedMemory&) = delete;
+  FreedMemory& operator=(const FreedMemory&) = delete;
+
+  void close() {
+    if (!std::exchange(keeps_, false)) return;
+    GilRelease no_gil;
+    fdg::cpu::return_freed_memory();
+  }
+
+ private:
+  bool keeps_ = true;
+};
+
 class PyScheduler {
  public:
   PyScheduler(const std::string& backend, const std::vector<std::string>& streams,
@@ -291,7 +310,7 @@ PYBIND11_MODULE(_core, m) {
   m.def("set_openmp_threads", &fdg::cpu::set_openmp_threads, py::arg("threads"));
   m.def("end_idle_openmp_threads", &fdg::cpu::end_idle_openmp_threads,
         py::call_guard<GilRelease>());
-  m.def("return_freed_memory", &fdg::cpu::return_freed_memory, py::call_guard<GilRelease>());
+  py::class_<FreedMemory>(m, "FreedMemory").def(py::init<>()).def("close", &FreedMemory::close);
 
   py::class_<fdg::Work, std::shared_ptr<fdg::Work>>(m, "Work");
 

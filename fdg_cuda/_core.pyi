@@ -24,11 +24,16 @@ def kept_bytes() -> int:
     """Of freed blocks, now."""
 
 def keep_freed_memory() -> None:
-    """Keep blocks that torch frees for those it allocates, until ``return_freed_memory`` was called as
-    often. Where that cannot be (``keeps_blocks``) the C allocator is told to keep them."""
+    """Keep blocks that torch frees for those it allocates, for good. Where that cannot be
+    (``keeps_blocks``) the C allocator is told to keep them."""
 
-def return_freed_memory() -> None:
-    """Give what is kept back to the system, and from now on what is freed."""
+@final
+class FreedMemory:
+    """Likewise, until all that were made are closed, or gone: then what is kept goes back to the system,
+    and from then on what is freed."""
+
+    def close(self) -> None:
+        """Does nothing the second time."""
 
 def openmp_threads() -> int:
     """How many the calling thread computes with; 0 if there is no OpenMP in this process."""

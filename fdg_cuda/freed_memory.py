@@ -10,7 +10,7 @@ import logging
 import os
 from functools import cache
 
-from fdg_cuda._core import keep_freed_memory, keeps_blocks, return_freed_memory
+from fdg_cuda._core import FreedMemory, keeps_blocks
 from fdg_cuda.interrupts import Interrupts
 
 logger = logging.getLogger("fdg_cuda")
@@ -26,31 +26,24 @@ class KeptMemory:
     def __init__(self) -> None:
         # Before threads start that are to profit: where torch's blocks cannot be kept it is a thread's
         # arena that keeps, the one it begins with.
-        self._keeps = False
+        self._memory: FreedMemory | None = None
         if os.environ.get("FDG_KEEP_FREED_MEMORY", "1") == "0":
             return
         _say_where_blocks_cannot_be_kept()
         with Interrupts():
-            keep_freed_memory()
-            self._keeps = True
+            self._memory = FreedMemory()
 
     def close(self) -> None:
         """Give it back to the system, and from now on what is freed. Does nothing the second time."""
-        with Interrupts():
-            keeps, self._keeps = self._keeps, False
-            if keeps:
-                return_freed_memory()
+        if self._memory is not None:
+            with Interrupts():
+                self._memory.close()
 
     def __enter__(self) -> KeptMemory:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def __del__(self) -> None:
-        if self._keeps:
-            self._keeps = False
-            return_freed_memory()
 
 
 @cache

@@ -226,10 +226,10 @@ def test_an_allocator_of_the_users_choice_is_left_alone(tmp_path: Path) -> None:
     code = """
 import torch
 from fdg_cuda import _core
-_core.keep_freed_memory()
+memory = _core.FreedMemory()
 torch.empty(1 << 18)
 print(_core.keeps_blocks(), _core.kept_bytes())
-_core.return_freed_memory()
+memory.close()
 """
     assert output_of(code, LD_PRELOAD=str(library)) == "False 0\n"
 
