@@ -15,6 +15,7 @@ each case (a model and a batch size) the results are written; ``--resume`` goes 
 
 from __future__ import annotations
 
+import argparse
 import json
 import tempfile
 import time
@@ -190,9 +191,9 @@ def goals(rows: list[Row]) -> list[Row]:
 
 
 def at_least_one(said: str) -> int:
-    if (number := int(said)) < 1:
-        raise ValueError
-    return number
+    if not said.isdecimal() or int(said) < 1:
+        raise argparse.ArgumentTypeError(f"a whole number from 1 on, not {said}")
+    return int(said)
 
 
 def main(arguments: list[str] | None = None) -> None:

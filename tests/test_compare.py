@@ -285,6 +285,13 @@ def test_a_layout_that_fails_is_not_the_faster_one(
     }
 
 
+@pytest.mark.parametrize("said", ["0", "-1", "two"])
+def test_a_case_has_at_least_one_round(said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        compare.main(["--sittings", said])
+    assert f"a whole number from 1 on, not {said}" in capsys.readouterr().err
+
+
 def test_every_way_is_as_warm_and_timed_as_long() -> None:
     assert turn_of(0.01) == (30, 50)
     assert turn_of(0.5) == (2, 2)

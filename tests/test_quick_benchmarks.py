@@ -12,6 +12,7 @@ import pytest
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
+from benchmarks import cuts, training_step
 from benchmarks.reports import markdown
 
 pytestmark = pytest.mark.usefixtures("no_thread_left")
@@ -40,6 +41,18 @@ def test_a_quick_run_and_what_is_said_of_it(
     text = "\n".join(report.section())
     assert markdown.NOT_MEASURED not in text
     assert SAID[name] in text
+
+
+def test_whole_steps_with_a_cut_inside_a_child(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuts, "WORTH_CAPTURING", 0.0)
+    training_step.main(["--quick", "--out", str(tmp_path)])
+    results = json.loads((tmp_path / "training_step.json").read_text())
+    assert results["settings"]["points"]
+    assert results["seconds_per_step"][training_step.INSIDE]["median"] > 0
+    beside = [ratio["to"] for ratio in results["ratios"] if ratio["of"] == training_step.INSIDE]
+    assert beside == ["bp, 1 core", "bp, 2 cores"]
 
 
 @pytest.mark.parametrize("name", [*SAID, *TESTED_ELSEWHERE])
