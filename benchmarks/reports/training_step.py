@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.cuts import WORTH_CAPTURING
 from benchmarks.reports.drawing import bars, sheet
 from benchmarks.reports.goals import Goal, of_ratios
 from benchmarks.reports.markdown import NOT_MEASURED, goal_of, load, origin, spread, table
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 NOTES = [
     "The parts alone and at once are those of the cut between two blocks: `fdg` with that cut cannot be "
     "faster than they are. With `capture=True` it can be cut inside a block, which is measured where it "
-    "is predicted to be faster.",
+    f"is predicted to be faster by {WORTH_CAPTURING - 1:.0%} or more.",
     "",
 ]
 
