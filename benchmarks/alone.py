@@ -81,26 +81,25 @@ def run_alone(
     layout = OneByOne(schedule, MODE)
     first = schedule.slots(0)
     total = first + batches
-    memory = KeptMemory()  # as `fit` has it
-    scheduler = Scheduler("cpu", layout.streams, max_ticks_in_flight=MAX_TICKS_IN_FLIGHT)
-    try:
-        set_threads_of_streams(scheduler, len(stages), threads)
-        for stage in stages:
-            stage.begin_fit(hyper=hyper, threads=threads)
-            stage.begin_epoch(schedule.first_slot(stage.index), 0)
-        stages[-1].loss = lambda output, _: cross_entropy(output, batch[1])
-        program = Program(schedule, layout, scheduler, stages)
-        scheduler.record_spans(True)
-        for tick in range(schedule.ticks(total)):
-            if tick < total:
-                hyper.enter(tick)
-                stages[0].inputs[tick] = batch[0]
-            program.submit(tick, total)
-        scheduler.synchronize()
-        return [span for span in scheduler.take_spans() if span.batch >= first]
-    finally:
-        scheduler.close()
-        for stage in stages:
-            stage.end_epoch()
-            stage.end_fit()
-        memory.close()
+    with KeptMemory():  # as `fit` has it
+        scheduler = Scheduler("cpu", layout.streams, max_ticks_in_flight=MAX_TICKS_IN_FLIGHT)
+        try:
+            set_threads_of_streams(scheduler, len(stages), threads)
+            for stage in stages:
+                stage.begin_fit(hyper=hyper, threads=threads)
+                stage.begin_epoch(schedule.first_slot(stage.index), 0)
+            stages[-1].loss = lambda output, _: cross_entropy(output, batch[1])
+            program = Program(schedule, layout, scheduler, stages)
+            scheduler.record_spans(True)
+            for tick in range(schedule.ticks(total)):
+                if tick < total:
+                    hyper.enter(tick)
+                    stages[0].inputs[tick] = batch[0]
+                program.submit(tick, total)
+            scheduler.synchronize()
+            return [span for span in scheduler.take_spans() if span.batch >= first]
+        finally:
+            scheduler.close()
+            for stage in stages:
+                stage.end_epoch()
+                stage.end_fit()

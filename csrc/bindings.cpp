@@ -4,6 +4,7 @@
 
 #include <atomic>
 #include <chrono>
+#include <csignal>
 #include <iterator>
 #include <memory>
 #include <optional>
@@ -20,6 +21,7 @@
 #include "cpu/openmp.h"
 #include "cpu/sgd_update.h"
 #include "flat_parameters.h"
+#include "forks.h"
 #include "python/extension.h"
 #include "python/python_work.h"
 #include "scheduler.h"
@@ -54,6 +56,18 @@ void refuse_at_exit() {
   if (at_exit().begun) throw std::runtime_error("the interpreter is ending");
 }
 
+// Ctrl-C while the interpreter's end waits: there is nobody left whom an exception would stop.
+void end_by_signal_or_say(py::error_already_set error) {
+  if (!error.matches(PyExc_KeyboardInterrupt)) return error.discard_as_unraisable("at exit");
+  try {
+    for (const char* name : {"stdout", "stderr"})
+      py::module_::import("sys").attr(name).attr("flush")();
+  } catch (const py::error_already_set&) {  // closed: nothing to flush
+  }
+  std::signal(SIGINT, SIG_DFL);
+  std::raise(SIGINT);
+}
+
 uint64_t fit_begins() {
   refuse_at_exit();
   return *at_exit().fits.insert(PyThreadState_GetID(PyThreadState_Get()));
@@ -71,8 +85,8 @@ void fit_ends(uint64_t thread) {
   left[thread] = now;
 }
 
-// Freed memory is kept until this is closed. Its destructor is no Python, in which a signal would
-// be delivered and lost.
+// Freed memory is kept until this is closed; in the process that made it, children of a fork keep
+// nothing. Its destructor is no Python, in which a signal would be delivered and lost.
 class FreedMemory {
  public:
   FreedMemory() { fdg::cpu::keep_freed_memory(); }
@@ -81,13 +95,14 @@ class FreedMemory {
   FreedMemory& operator=(const FreedMemory&) = delete;
 
   void close() {
-    if (!std::exchange(keeps_, false)) return;
+    if (!std::exchange(keeps_, false) || forks_ != fdg::forks()) return;
     GilRelease no_gil;
     fdg::cpu::return_freed_memory();
   }
 
  private:
   bool keeps_ = true;
+  const int forks_ = fdg::forks();
 };
 
 class PyScheduler {
@@ -117,7 +132,10 @@ class PyScheduler {
   // or this is called from a stream, they end soon after.
   void close() {
     const auto closed = std::exchange(scheduler_, nullptr);
-    if (closed) closed->cancel();
+    if (!closed) return;
+    if (forks_ == fdg::forks()) return closed->cancel();
+    // A child of a fork: its threads are the parent's, and would be waited for. Never destroyed.
+    new std::shared_ptr<fdg::Scheduler>(closed);
   }
 
   static void close_all() {
@@ -131,6 +149,7 @@ class PyScheduler {
       if (at_exit().schedulers == 0 && at_exit().calls_without_gil == 0 &&
           !is_fit_awaited(begin, now))
         break;
+      if (PyErr_CheckSignals() != 0) end_by_signal_or_say(py::error_already_set());
       py::gil_scoped_release no_gil;
       std::this_thread::sleep_for(std::chrono::milliseconds(1));
     }
@@ -140,6 +159,8 @@ class PyScheduler {
   // Held by every call for as long as it lasts: another Python thread may close the scheduler.
   std::shared_ptr<fdg::Scheduler> open() const {
     if (!scheduler_) throw std::runtime_error("this scheduler is closed");
+    if (forks_ != fdg::forks())
+      throw std::runtime_error("this scheduler's threads are in the process that forked this one");
     return scheduler_;
   }
 
@@ -236,20 +257,22 @@ class PyScheduler {
     return function();
   }
 
-  // Joins the streams' threads, which may be waiting for the GIL; not on one of them.
+  // Joins the streams' threads, which may be waiting for the GIL; not on one of them, nor where the
+  // interpreter's end waits, which looks whether a signal came in.
   static void end(fdg::Scheduler* scheduler) {
     const auto join = [scheduler] {
       delete scheduler;
       --at_exit().schedulers;
     };
     GilRelease no_gil;
-    if (fdg::PythonWork::is_running())
+    if (fdg::PythonWork::is_running() || at_exit().begun)
       std::thread(join).detach();
     else
       join();
   }
 
   bool failed_ = false;
+  const int forks_ = fdg::forks();
   std::shared_ptr<fdg::trace::Log> log_;
   std::shared_ptr<fdg::Scheduler> scheduler_;
 };

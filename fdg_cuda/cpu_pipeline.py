@@ -62,18 +62,22 @@ class CpuPipeline(Pipeline):
         )
         self._stages = list(stages)
         self._targets: dict[int, Nested] = {}
-        self._kept = KeptMemory()  # before the stages' threads start
         self._rerouted = False
-        self._feeding: Feeding = Feeding(schedule.stages * threads)
         layout = CpuLayout(schedule, mode)
         self._lanes = [Lane(layout.stage_of(i), name) for i, name in enumerate(layout.streams)]
-        self._scheduler = Scheduler(
-            "cpu",
-            layout.streams,
-            max_ticks_in_flight=MAX_TICKS_IN_FLIGHT,
-            delay_seed=delays[0],
-            max_delay_us=delays[1],
-        )
+        self._feeding: Feeding = Feeding(schedule.stages * threads)
+        self._kept = KeptMemory()  # before the stages' threads start
+        try:
+            self._scheduler = Scheduler(
+                "cpu",
+                layout.streams,
+                max_ticks_in_flight=MAX_TICKS_IN_FLIGHT,
+                delay_seed=delays[0],
+                max_delay_us=delays[1],
+            )
+        except BaseException:
+            self._kept.close()
+            raise
         try:
             set_threads_of_streams(self._scheduler, schedule.stages, threads)
             reroute_generator()

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from versions import runner_of, state
 
+from fdg_cuda import cpu_pipeline
 from fdg_cuda._core import keeps_blocks, kept_bytes
 from fdg_cuda.freed_memory import KeptMemory
 
@@ -268,6 +269,32 @@ def test_a_child_of_a_fork_keeps_nothing() -> None:
         torch.empty(MEGABYTE)
         assert end_of(fork(work)) == 0
         assert kept_bytes() > 0
+
+
+def test_one_that_came_through_a_fork_ends_nothing_of_the_child_s_own() -> None:
+    def work() -> None:
+        with KeptMemory():
+            inherited.close()
+            torch.empty(1000)
+            assert kept_bytes() > 0
+
+    with KeptMemory() as inherited:
+        assert end_of(fork(work)) == 0
+
+
+def test_nothing_is_kept_where_a_scheduler_cannot_be_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    class NoThreadError(Exception):
+        pass
+
+    def scheduler(*_: object, **__: object) -> None:
+        raise NoThreadError
+
+    monkeypatch.setattr(cpu_pipeline, "Scheduler", scheduler)
+    with pytest.raises(NoThreadError) as caught:  # which has everything that was there
+        runner_of(mlp(), 2).fit(batches(2))
+    torch.empty(MEGABYTE)
+    assert kept_bytes() == 0
+    assert caught.value is not None
 
 
 def test_goes_back_to_the_system() -> None:

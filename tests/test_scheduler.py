@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from functools import partial
 
@@ -177,3 +179,26 @@ def stop_and_free():
 
 def test_the_interpreter_may_end_right_behind_a_daemon_thread_s_fit() -> None:
     ends_well(FIT + STOP_AND_FREE + IN_DAEMON.format("stop_and_free") + END)
+
+
+def test_ctrl_c_ends_what_the_interpreter_s_end_waits_for() -> None:
+    """An action under way is waited for, however long it takes."""
+    program = SCHEDULER.format(seconds=60) + "submit(1)\nbegun.wait()\nprint('the end')\n"
+    ending = "import atexit, os\natexit.register(lambda: os.write(2, b'ending\\n'))\n"
+    process = subprocess.Popen(
+        [sys.executable, "-c", program + ending],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    assert process.stderr.readline() == "ending\n"
+    for _ in range(300):  # the first may meet what was registered behind, and be said there
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.1)
+        if process.poll() is not None:
+            break
+    process.kill()
+    output, said = process.communicate()
+    assert process.returncode == -signal.SIGINT, said
+    assert output == "the end\n"

@@ -38,21 +38,22 @@ void give(void* block) { cache().give(block); }
 // Less is not worth looking for what can go back to the system.
 constexpr size_t kWorthTrimming = 16 << 20;
 
-// The C library's function of this name, if that is what everyone calls who names it: not if
-// somebody preloaded an allocator of his own choice.
+// The C library's own, even where another one comes before it.
 void* of_glibc(const char* name) {
-  Dl_info library, called;
+  Dl_info info;
   void* version = dlsym(RTLD_DEFAULT, "gnu_get_libc_version");
-  void* function = dlsym(RTLD_DEFAULT, name);
-  const bool found = version != nullptr && function != nullptr && dladdr(version, &library) != 0 &&
-                     dladdr(function, &called) != 0 &&
-                     std::strcmp(library.dli_fname, called.dli_fname) == 0;
-  return found ? function : nullptr;
+  if (version == nullptr || dladdr(version, &info) == 0) return nullptr;
+  void* library = dlopen(info.dli_fname, RTLD_LAZY | RTLD_NOLOAD);
+  return library == nullptr ? nullptr : dlsym(library, name);  // open for good, as it is anyway
 }
 
+// An allocator that somebody preloaded by his own choice is left alone.
 bool allocator_is_glibcs() {
-  return of_glibc("posix_memalign") != nullptr && of_glibc("free") != nullptr &&
-         of_glibc("malloc_usable_size") != nullptr;
+  for (const char* name : {"posix_memalign", "free", "malloc_usable_size"}) {
+    void* function = of_glibc(name);
+    if (function == nullptr || !calls_lead_to(name, function)) return false;
+  }
+  return true;
 }
 
 bool lead_through_cache() {
@@ -60,23 +61,40 @@ bool lead_through_cache() {
   cache();
   // A child of a fork has none of the threads that may hold the lock, and what this process keeps
   // for its next batch is nothing to it.
-  pthread_atfork([] { cache().begin_fork(); }, [] { cache().end_fork(); },
-                 [] { cache().begin_child(); });
+  if (pthread_atfork([] { cache().begin_fork(); }, [] { cache().end_fork(); },
+                     [] { cache().begin_child(); }) != 0) {
+    return false;
+  }
   // A block that one of the two never saw is nothing special to the other.
   return redirect_imports(
       kLibrary, {{"free", of_glibc("free"), reinterpret_cast<void*>(&give)},
                  {"posix_memalign", of_glibc("posix_memalign"), reinterpret_cast<void*>(&take)}});
 }
 
+// What the user set, in whatever way glibc reads it, stays.
+bool is_set_by_user() {
+  for (const char* name : {"MALLOC_ARENA_MAX", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"})
+    if (std::getenv(name) != nullptr) return true;
+  const char* tunables = std::getenv("GLIBC_TUNABLES");
+  return tunables != nullptr && std::strstr(tunables, "glibc.malloc.") != nullptr;
+}
+
+bool settings_help() {
+  static const bool help = allocator_is_glibcs() && !is_set_by_user();
+  return help;
+}
+
 // Where blocks cannot be kept: the C library's own means.
 std::mutex settings_mutex;
 int settings_keepers = 0;
+// Above which a block has to be a mapping of its own.
+constexpr int kMostOfOldGlibcs = 32 << 20;
 
 void make_settings() {
   const std::lock_guard<std::mutex> lock(settings_mutex);
   if (settings_keepers++ > 0) return;
   mallopt(M_ARENA_MAX, 1);
-  mallopt(M_MMAP_THRESHOLD, INT_MAX);
+  if (mallopt(M_MMAP_THRESHOLD, INT_MAX) == 0) mallopt(M_MMAP_THRESHOLD, kMostOfOldGlibcs);
   mallopt(M_TRIM_THRESHOLD, INT_MAX);
 }
 
@@ -85,7 +103,7 @@ void unmake_settings() {
   if (settings_keepers == 0 || --settings_keepers > 0) return;
   // What glibc itself arrives at in a process that frees large blocks.
   mallopt(M_ARENA_MAX, 8 * static_cast<int>(std::thread::hardware_concurrency()));
-  mallopt(M_MMAP_THRESHOLD, 32 << 20);
+  mallopt(M_MMAP_THRESHOLD, kMostOfOldGlibcs);
   mallopt(M_TRIM_THRESHOLD, 64 << 20);
   malloc_trim(0);
 }
@@ -99,12 +117,12 @@ bool keeps_blocks() {
 
 void keep_freed_memory() {
   if (keeps_blocks()) return cache().keep();
-  if (allocator_is_glibcs()) make_settings();
+  if (settings_help()) make_settings();
 }
 
 void return_freed_memory() {
   if (!keeps_blocks()) {
-    if (allocator_is_glibcs()) unmake_settings();
+    if (settings_help()) unmake_settings();
   } else if (cache().drop() >= kWorthTrimming) {
     malloc_trim(0);
   }

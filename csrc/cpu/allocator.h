@@ -17,7 +17,8 @@ bool keeps_blocks();
 
 // For the whole process, until freed memory is returned as often: what was kept then goes back to
 // the system. Where blocks cannot be kept, the C library is told to keep them; nothing is done
-// where it is not glibc, or where another allocator stands in for its own.
+// where it is not glibc, where another allocator stands in for its own, or where the user has set
+// it up himself (MALLOC_ARENA_MAX and its like).
 void keep_freed_memory();
 void return_freed_memory();
 

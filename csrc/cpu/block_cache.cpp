@@ -5,15 +5,20 @@
 #include <algorithm>
 #include <cstdlib>
 #include <new>
+#include <utility>
 
 namespace fdg::cpu {
 
 namespace {
 
-// What is kept and what is in use together, in times the most that was ever in use: enough for
+// What is kept and what is in use together, in times the most that was lately in use: enough for
 // steps that are alike, and a bound where every batch has another size.
 constexpr int64_t kMostTimesTwo = 3;
 constexpr int kPowerOfSteps = 4;
+
+// From this size on (the C library's limit at first) a block may be a mapping of its own, which
+// goes back as a whole; and if it is not, freeing it writes to few of its pages.
+constexpr size_t kWorthFreeingInChild = 128 << 10;
 
 int power_of(size_t bytes) {
   int power = 0;
@@ -52,15 +57,15 @@ int BlockCache::take(void** block, size_t alignment, size_t bytes) noexcept {
   Free* unused = nullptr;
   {
     const Lock lock(mutex_);
-    lists_[static_cast<size_t>(size)].last_taken = ++takes_;
+    count_take(size);
     Free* found = pop(size, alignment);
     taken_ += whole;
     if (found != nullptr) {
-      most_taken_ = std::max(most_taken_, taken_);
+      most_now_ = std::max(most_now_, taken_);
       *block = found;
       return 0;
     }
-    unused = excess(allowance(taken_, std::max(most_taken_, taken_)));
+    unused = excess(allowance(taken_, std::max(most_taken(), taken_)));
   }
   free_all(unused);
   int failure = ::posix_memalign(block, alignment, bytes_of(size));
@@ -76,7 +81,7 @@ int BlockCache::take(void** block, size_t alignment, size_t bytes) noexcept {
   if (failure != 0) {
     taken_ -= whole;
   } else {
-    most_taken_ = std::max(most_taken_, taken_);
+    most_now_ = std::max(most_now_, taken_);
   }
   return failure;
 }
@@ -96,14 +101,14 @@ void BlockCache::give(void* block) noexcept {
     kept_ += bytes_of(size);
     taken_ = std::max<int64_t>(taken_ - static_cast<int64_t>(bytes_of(size)), 0);
     // Nobody keeps any more if the last one dropped a moment ago.
-    unused = keepers_ == 0 ? everything() : excess(allowance(taken_, most_taken_));
+    unused = keepers_ == 0 ? everything() : excess(allowance(taken_, most_taken()));
   }
   free_all(unused);
 }
 
 void BlockCache::keep() noexcept {
   const Lock lock(mutex_);
-  if (keepers_++ == 0) taken_ = most_taken_ = 0;
+  if (keepers_++ == 0) taken_ = most_now_ = most_before_ = 0;
 }
 
 size_t BlockCache::drop() noexcept {
@@ -130,9 +135,12 @@ void BlockCache::end_fork() noexcept { mutex_.unlock(); }
 
 void BlockCache::begin_child() noexcept {
   keepers_ = 0;
-  Free* unused = everything();
+  kept_ = 0;
+  const auto lists = std::exchange(lists_, {});
   mutex_.unlock();
-  free_all(unused);
+  for (int size = 0; size < kSizes; ++size) {
+    if (bytes_of(size) >= kWorthFreeingInChild) free_all(lists[static_cast<size_t>(size)].first);
+  }
 }
 
 size_t BlockCache::bytes_of(int size) {
@@ -162,6 +170,14 @@ BlockCache::Free* BlockCache::pop(int size, size_t alignment) {
   kept_ -= bytes_of(size);
   return found;
 }
+
+void BlockCache::count_take(int size) {
+  lists_[static_cast<size_t>(size)].last_taken = ++takes_;
+  if (takes_ % kPeriod != 0) return;
+  most_before_ = std::exchange(most_now_, taken_);
+}
+
+int64_t BlockCache::most_taken() const { return std::max(most_now_, most_before_); }
 
 size_t BlockCache::allowance(int64_t taken, int64_t most) {
   return static_cast<size_t>(std::max<int64_t>(most * kMostTimesTwo / 2 - taken, 0));

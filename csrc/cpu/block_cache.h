@@ -38,7 +38,7 @@ class BlockCache {
   size_t kept_bytes() const noexcept;
 
   // Before a fork, and behind it in the parent and in the child, which has one thread only and
-  // keeps nothing.
+  // keeps nothing: what would be written to only to free it is left, shared with the parent.
   void begin_fork() noexcept;
   void end_fork() noexcept;
   void begin_child() noexcept;
@@ -52,6 +52,9 @@ class BlockCache {
   static constexpr int kFirstPower = 10;
   static constexpr int kLastPower = 40;
   static constexpr int kSizes = (kLastPower - kFirstPower + 1) * kSteps;
+
+  // A period, in takes: a hundred steps of ResNet-20.
+  static constexpr uint64_t kPeriod = 1 << 17;
 
   // The beginning of a block that nobody has.
   struct Free {
@@ -68,8 +71,10 @@ class BlockCache {
   static int size_within(size_t bytes);
 
   Free* pop(int size, size_t alignment);
-  // How much may be kept while so much is taken, where `most` is the most that ever was.
+  // How much may be kept while so much is taken, where `most` is the most that lately was.
   static size_t allowance(int64_t taken, int64_t most);
+  void count_take(int size);
+  int64_t most_taken() const;
   // Takes off the lists what is kept beyond `most` bytes, from those first that were not taken from
   // for longest; joined by `next`.
   Free* excess(size_t most);
@@ -84,7 +89,10 @@ class BlockCache {
   // Bytes with those who took them, since keeping began; blocks from before are missing, and may be
   // given all the same.
   int64_t taken_ = 0;
-  int64_t most_taken_ = 0;
+  // The most that were, in this period and in the one before: what was needed once, in a validation
+  // with large batches, say, is not kept for the rest of the training.
+  int64_t most_now_ = 0;
+  int64_t most_before_ = 0;
 };
 
 }  // namespace fdg::cpu

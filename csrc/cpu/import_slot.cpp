@@ -1,5 +1,7 @@
 #include "import_slot.h"
 
+#include <dlfcn.h>
+
 #if defined(__linux__) && (defined(__x86_64__) || defined(__aarch64__))
 #define FDG_IMPORT_SLOTS 1
 #include <elf.h>
@@ -13,6 +15,12 @@
 
 namespace fdg::cpu {
 
+namespace {
+
+void* address_of(const char* name) { return dlsym(RTLD_DEFAULT, name); }
+
+}  // namespace
+
 #if defined(FDG_IMPORT_SLOTS)
 namespace {
 
@@ -24,9 +32,15 @@ constexpr uint32_t kCallSlot = R_X86_64_JUMP_SLOT, kAddressSlot = R_X86_64_GLOB_
 constexpr uint32_t kCallSlot = R_AARCH64_JUMP_SLOT, kAddressSlot = R_AARCH64_GLOB_DAT;
 #endif
 
+// What is looked up by name is, before the loader's list is gone through: both take locks of its.
+struct Wanted {
+  Import import;
+  void* address;
+};
+
 struct Search {
   const char* library;
-  const std::vector<Import>* imports;
+  std::vector<Wanted> wanted;
   bool done = false;
 };
 
@@ -136,6 +150,26 @@ bool write_slot(const dl_phdr_info& info, void** slot, void* value) {
   return true;
 }
 
+struct Lent {
+  const char* name;
+  void* address;
+  void* function;
+  bool leads_there = false;
+};
+
+// The program itself, which is the first.
+int look_at_program(dl_phdr_info* info, size_t, void* data) {
+  auto& lent = *static_cast<Lent*>(data);
+  if (!is_within(*info, lent.address)) return 1;
+  const auto slots = find_slots(*info, lent.name);
+  for (void** slot : slots) {
+    if (*slot == lent.address) continue;  // the way there
+    lent.leads_there = *slot == lent.function;
+    if (!lent.leads_there) break;
+  }
+  return 1;
+}
+
 int redirect_in(dl_phdr_info* info, size_t, void* data) {
   auto& search = *static_cast<Search*>(data);
   if (info->dlpi_name == nullptr || !is_named(info->dlpi_name, search.library)) return 0;
@@ -145,12 +179,15 @@ int redirect_in(dl_phdr_info* info, size_t, void* data) {
     void* replacement;
   };
   std::vector<Found> found;
-  for (const Import& import : *search.imports) {
+  for (const auto& [import, address] : search.wanted) {
     const auto slots = find_slots(*info, import.name);
     if (slots.empty()) return 1;
     for (void** slot : slots) {
-      // The loader's own code, in the library itself, where there was no call yet.
-      if (*slot != import.now && !is_within(*info, *slot)) return 1;
+      // The name's address may be lent. The loader's own code, in the library itself, stands where
+      // there was no call yet.
+      if (*slot != import.now && *slot != address && !is_within(*info, *slot)) {
+        return 1;
+      }
       found.push_back({slot, *slot, import.replacement});
     }
   }
@@ -165,12 +202,24 @@ int redirect_in(dl_phdr_info* info, size_t, void* data) {
 
 }  // namespace
 
+bool calls_lead_to(const char* name, void* function) {
+  Lent lent{name, address_of(name), function};
+  if (lent.address == function) return true;
+  if (lent.address != nullptr) dl_iterate_phdr(look_at_program, &lent);
+  return lent.leads_there;
+}
+
 bool redirect_imports(const char* library, const std::vector<Import>& imports) {
-  Search search{library, &imports};
+  Search search{library, {}};
+  for (const Import& import : imports) {
+    if (!calls_lead_to(import.name, import.now)) return false;
+    search.wanted.push_back({import, address_of(import.name)});
+  }
   dl_iterate_phdr(redirect_in, &search);
   return search.done;
 }
 #else
+bool calls_lead_to(const char* name, void* function) { return address_of(name) == function; }
 bool redirect_imports(const char*, const std::vector<Import>&) { return false; }
 #endif
 

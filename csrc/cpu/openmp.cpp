@@ -2,6 +2,8 @@
 
 #include <dlfcn.h>
 
+#include "../forks.h"
+
 namespace fdg::cpu {
 namespace {
 
@@ -56,7 +58,8 @@ void set_openmp_threads(int threads) {
 void end_idle_openmp_threads() {
   static const auto pause = find<int (*)(int)>("omp_pause_resource_all");
   static const bool gnu = !find<void (*)()>("__kmpc_fork_call");
-  if (pause && gnu) pause(kSoft);
+  // In a child of a fork it would wait for threads of the parent.
+  if (pause && gnu && !went_through_fork()) pause(kSoft);
 }
 
 void run_on_team(int parts, const std::function<void(int)>& part) {

@@ -16,7 +16,8 @@ int openmp_threads();
 // From now on; of the calling thread alone. Does nothing without OpenMP.
 void set_openmp_threads(int threads);
 // Ends the calling thread's own, but itself; the next parallel operation starts them again. Not
-// from within one. Only with GNU's runtime: LLVM's and Intel's keep one pool for all teams.
+// from within one. Only with GNU's runtime: LLVM's and Intel's keep one pool for all teams. Nothing
+// is done on the thread that went through a fork, whose own were left behind.
 void end_idle_openmp_threads();
 
 // Calls part(0) ... part(parts - 1), spread over a team of that many threads, and returns when all

@@ -10,7 +10,13 @@ thread_local int python_work_depth = 0;
 }  // namespace
 
 AtExit& at_exit() {
-  static auto* const state = new AtExit();  // never destroyed: daemon threads may outlive statics
+  static auto* state = new AtExit();  // never destroyed: daemon threads may outlive statics
+  static int made_at = forks();
+  if (made_at !=
+      forks()) {  // a child of a fork, which is here before it can start a thread of ours
+    made_at = forks();
+    state = new AtExit();
+  }
   return *state;
 }
 

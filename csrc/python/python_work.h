@@ -15,6 +15,7 @@
 #include <utility>
 
 #include "../action.h"
+#include "../forks.h"
 
 namespace fdg {
 
@@ -22,7 +23,8 @@ namespace py = pybind11;
 
 // Python ends threads that want the GIL once it is shutting down, in the midst of C++ frames, which
 // takes the process down. So the end of the interpreter waits until no native call is without the
-// GIL and no scheduler is left; from then on calls keep it. Touched with the GIL only.
+// GIL and no scheduler is left; from then on calls keep it. Touched with the GIL only. A child of a
+// fork has one of its own: it has none of the threads that are counted in its parent's.
 //
 // A fit in another thread (or another use of stages that runs the model) ends by an error then. But
 // what it called of torch takes the GIL too, and so does freeing its tensors, a little later.
@@ -43,19 +45,21 @@ class GilRelease {
  public:
   GilRelease() {
     if (at_exit().ended) return;
+    forks_ = forks();
     ++at_exit().calls_without_gil;
     saved_ = PyEval_SaveThread();
   }
   ~GilRelease() {
     if (!saved_) return;
     PyEval_RestoreThread(saved_);
-    --at_exit().calls_without_gil;
+    if (forks_ == forks()) --at_exit().calls_without_gil;
   }
   GilRelease(const GilRelease&) = delete;
   GilRelease& operator=(const GilRelease&) = delete;
 
  private:
   PyThreadState* saved_ = nullptr;
+  int forks_ = 0;
 };
 
 // Called with the batch's number. Destroyed with the GIL, wherever the last reference is dropped.
