@@ -265,11 +265,17 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dry-run", action="store_true", help="only show the runs and commands")
     parser.add_argument("--tables", nargs="+", choices=tables, default=tables)
     parser.add_argument("--models", nargs="+", choices=models, default=[], help="default: all")
-    parser.add_argument("--seeds", type=int, default=protocol["runs"], help="runs of each kind")
-    parser.add_argument("--epochs", type=int, default=protocol["settings"]["epochs"])
-    parser.add_argument("--warmup-epochs", type=int, default=protocol["settings"]["warmup_epochs"])
+    for name, default, what in (
+        ("--seeds", protocol["runs"], "runs of each kind"),
+        ("--epochs", protocol["settings"]["epochs"], "of each run"),
+        ("--warmup-epochs", protocol["settings"]["warmup_epochs"], "at the beginning of each run"),
+    ):
+        parser.add_argument(name, type=int, default=default, help=f"{what}; default: {default}")
     parser.add_argument(
-        "--backward-weights", choices=("stash", "current", "replay"), default="stash"
+        "--backward-weights",
+        choices=("stash", "current", "replay"),
+        default="stash",
+        help="default: stash",
     )
     parser.add_argument(
         "--devices",
@@ -295,6 +301,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parse(arguments)
     console = Console(soft_wrap=True)
     runs = runs_of(given)
+    most = max((run.stages for run in runs), default=0)
+    if len(given.devices) < most and not given.quick:
+        console.print(
+            f"Up to {most} stages share {', '.join(map(str, given.devices))}: their times are not to be "
+            f"compared with the published ones, which had a device for each.",
+            markup=False,
+        )
     if given.dry_run:
         for run in runs:
             words = shlex.join(["python", "-m", "fdg_cuda", *words_of(run, given)])

@@ -1,7 +1,7 @@
 """FDG the way its authors' program runs it: in every tick a thread per stage is started and joined.
 
 Written afresh, as the baseline that :mod:`benchmarks.compare` measures the runner against. Zhuang, Wang,
-Liu and Lin, "Fully Decoupled Neural Network Learning Using Delayed Gradients", TNNLS 2021; the numbers
+Liu and Lin, "Fully Decoupled Neural Network Learning Using Delayed Gradients", TNNLS 2022; the numbers
 are those of ``backward_weights="current"``.
 """
 

@@ -105,8 +105,9 @@ class Batches:
         try:
             item = next(iterator)
         except StopIteration:
+            again = f" in epoch {self._epoch}" if self._epoch else ""
             raise ValueError(
-                f"the loader yields no batch in epoch {self._epoch}; with drop_last=True a data set "
+                f"the loader yields no batch{again}; with drop_last=True a data set "
                 f"smaller than one batch gives none, and an iterator gives its batches only once"
             ) from None
         self._begun = chain([item], iterator)

@@ -7,11 +7,13 @@ whatever moment, the newest good checkpoint is whole and the best one is still k
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from torch import Tensor
@@ -50,6 +52,24 @@ class CheckpointFolder:
         self._folder = Path(folder)
         self._keep = whole("keep", keep, 1, "checkpoints")
         self._damaged: set[Path] = set()  # as far as known
+
+    def check_writable(self) -> None:
+        """Make the folder, and see that files can be made in it. A full disk is no objection: there may
+        be room when the first checkpoint is written.
+
+        Raises:
+            CheckpointError: it cannot be made or written to.
+        """
+        try:
+            make_durable_folder(self._folder)
+            with TemporaryFile(dir=self._folder):
+                pass
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise CheckpointError(
+                    f"no checkpoints can be written into {self._folder} ({error.strerror}): name a "
+                    f"folder that can be made and written to"
+                ) from error
 
     def prepare(self, step: int) -> None:
         """Make the folder ready for a run that goes on behind ``step`` batches (0: a new run).

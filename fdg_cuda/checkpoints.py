@@ -98,10 +98,11 @@ class Saver:
 
         Raises:
             CheckpointError: there are checkpoints, but none can be read, or a callback refuses
-                what is in the newest.
+                what is in the newest; or the folder cannot be made or written to.
             UnfinishedRunError: they belong to an unfinished run that is not to be gone on with.
         """
         settings = self._settings
+        self._folder.check_writable()
         if settings.overwrite:
             self._to_clear = True
             return None

@@ -42,10 +42,18 @@ class NonFiniteLossError(ArithmeticError):
         since = f"it had before batch {back_to}" if back_to else "the epoch began with"
         what = f"the {weights}" if weights else "the loss"
         value = "no finite number" if weights else str(loss)
+        advice = (
+            "A smaller lr, more warm-up, a smaller beta or fewer stages keep delayed gradients stable. "
+            "Or there are NaN or infinite values in a batch."
+        )
+        if epoch == batch == 0 and not weights:
+            advice = (
+                "Nothing had been trained before: look for NaN and infinite values in the batch's input "
+                "and target, and in the weights that the model came with."
+            )
         super().__init__(
             f"{what} became {value} at batch {batch} of epoch {epoch}; training stopped and the "
-            f"model holds the weights {since}. A smaller lr, more warm-up, a smaller "
-            f"beta or fewer stages keep delayed gradients stable."
+            f"model holds the weights {since}. {advice}"
         )
 
 

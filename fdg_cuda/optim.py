@@ -312,6 +312,11 @@ def check_scheduler(scheduler: Any, optimizer: DelayedOptimizer) -> None:
     """
     if scheduler is None:
         return
+    if isinstance(scheduler, type):
+        raise TypeError(
+            f"lr_scheduler must be made for runner.optimizer; got the class {scheduler.__name__}. Give "
+            f"an instance: lr_scheduler={scheduler.__name__}(runner.optimizer, ...)"
+        )
     if not callable(getattr(scheduler, "step", None)):
         raise TypeError(
             f"lr_scheduler must be a torch.optim.lr_scheduler made for runner.optimizer; got a "
@@ -320,7 +325,8 @@ def check_scheduler(scheduler: Any, optimizer: DelayedOptimizer) -> None:
     if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
         raise TypeError(
             "ReduceLROnPlateau wants a metric at each step; call it yourself: "
-            "fit(..., on_epoch=lambda epoch: scheduler.step(epoch.loss))"
+            "fit(..., on_epoch=lambda epoch: scheduler.step(epoch.loss)), or in a callback of its own, "
+            "whose state_dict keeps it in checkpoints"
         )
     if getattr(scheduler, "optimizer", optimizer) is not optimizer:
         raise ValueError(

@@ -18,6 +18,7 @@ TABLE, PICTURE = "plan.json", "plan.png"
 MOST_STAGES_OF_THE_PAPERS = 4
 WIDTH = 140  # of tables as text
 SHORT_SECONDS = 3e-3  # of a step on the CPU
+MOST_TIMES_BP = 1.5  # that one stage should take: it is BP, with another number of threads
 UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
@@ -87,6 +88,14 @@ def _doubts_of(plan: Plan, choice: Choice) -> Iterator[str]:
             f"without delays, is predicted to be faster: "
             f"{times(plan.speed_up(choice.data_parallel_seconds))}, "
             f"{times(plan.speed_up(choice.tick_seconds))} here."
+        )
+    if stages == 1 and choice.tick_seconds > MOST_TIMES_BP * plan.bp_seconds:
+        yield (
+            f"But with all of its threads one stage is predicted to take "
+            f"{milliseconds(choice.tick_seconds)}, BP with as many as serve it best "
+            f"{milliseconds(plan.bp_seconds)}. Either something else kept this machine busy while "
+            f"layers were measured: plan again when it is quiet. Or this model is too small for so "
+            f"many threads: FDGRunner(..., cpu_threads=1)."
         )
     if stages > 1 and on_cpu(choice) and choice.tick_seconds < SHORT_SECONDS:
         yield (

@@ -3,7 +3,7 @@
 Single-threaded and slow on purpose; it shares no code with the scheduler it is there to check.
 
 Sources: FDG is Zhuang, Wang, Liu and Lin, "Fully Decoupled Neural Network Learning Using Delayed
-Gradients", IEEE TNNLS 2021 (arXiv 1906.09108; eq. 7 is the update with the gradient at the very
+Gradients", IEEE TNNLS 2022 (arXiv 1906.09108; eq. 7 is the update with the gradient at the very
 weights of the forward); DDG is Huo, Gu, Yang and Huang, "Decoupled Parallel Backpropagation with
 Convergence Guarantee", ICML 2018 (arXiv 1804.10574).
 

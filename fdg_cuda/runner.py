@@ -20,6 +20,7 @@ from fdg_cuda.callbacks import Callback, FunctionCallback, check_callbacks, meas
 from fdg_cuda.chain import check_parameters
 from fdg_cuda.checkpoints import Checkpoints, Saver, as_checkpoints
 from fdg_cuda.devices import Device, parse_devices
+from fdg_cuda.elementwise_loss import without_broadcast
 from fdg_cuda.factory import Factory
 from fdg_cuda.fitting import Fit
 from fdg_cuda.gradients import UpdateRule
@@ -66,7 +67,7 @@ class FDGRunner:
             keyword arguments if these are their names.
         devices: one per stage; integers are CUDA ordinals, strings torch device names; repeats are
             allowed (``["cpu", "cpu"]``, ``[0, 0, 1, 1]``); all of one kind.
-        method: ``"fdg"`` (Zhuang et al., TNNLS 2021), ``"ddg"`` (Huo et al., ICML 2018) or ``"bp"``.
+        method: ``"fdg"`` (Zhuang et al., TNNLS 2022), ``"ddg"`` (Huo et al., ICML 2018) or ``"bp"``.
         split: where stages 1, 2, ... begin: numbers of the children, or of the pieces of a captured
             model. None: where the longest stage is as short as possible, by what layers cost on the
             first batch of the first ``fit``; on CUDA devices within their memory.
@@ -176,7 +177,7 @@ class FDGRunner:
         )
         self._backward_weights = backward_weights
         self._rule = rule
-        self._loss_fn = loss_fn if loss_fn is not None else cross_entropy
+        self._loss_fn = without_broadcast(loss_fn) if loss_fn is not None else cross_entropy
         check_loss(self._loss_fn)
         self.optimizer = make_optimizer(
             self._model,

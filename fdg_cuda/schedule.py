@@ -13,7 +13,7 @@ bp      batch t, after k-1 did   batch t, after k+1 did          Forward, Backwa
 ======  =======================  ==============================  ==============================
 
 FDG: Zhuang, Wang, Liu, Lin, "Fully Decoupled Neural Network Learning Using Delayed Gradients",
-TNNLS 2021. DDG: Huo, Gu, Yang, Huang, "Decoupled Parallel Backpropagation with Convergence
+TNNLS 2022. DDG: Huo, Gu, Yang, Huang, "Decoupled Parallel Backpropagation with Convergence
 Guarantee", ICML 2018.
 
 What a stage sends in a tick its neighbour uses in the next one; only the activations of ``ddg`` and

@@ -63,7 +63,7 @@ def draw(path: Path, timeline: Timeline) -> None:
     _label_rows(axes, timeline, rows)
     _draw_bars(axes, timeline, view, rows)
     _draw_epochs(axes, view)
-    axes.set_xlabel("milliseconds (the number in a bar is the batch it works on)")
+    axes.set_xlabel("milliseconds (a number in a bar is the batch it works on)")
     axes.tick_params(axis="y", length=0)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import signal
@@ -19,12 +20,14 @@ from torch.utils.data import DataLoader, Sampler, TensorDataset
 
 from fdg_cuda import (
     Callback,
+    CheckpointError,
     Checkpoints,
     EpochResult,
     FDGRunner,
     FitStart,
     History,
     TrainingStopped,
+    checkpoint,
 )
 from fdg_cuda.checkpoint import CheckpointFolder
 from fdg_cuda.checkpoint_file import Checkpoint
@@ -315,6 +318,28 @@ def test_old_checkpoints_stay_until_the_new_run_works(tmp_path: Path, overwrite:
     with pytest.raises(CrashError):
         runner_of().fit(batches(3), callbacks=[Crash(0)], checkpoints=checkpoints)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_made_is_said_before_the_first_batch(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    for folder in (file, file / "checkpoints"):
+        runner = runner_of()
+        with pytest.raises(CheckpointError, match=r"no checkpoints can be written into .*file"):
+            runner.fit(batches(3), checkpoints=folder)
+        assert runner.history is not None
+        assert not runner.history.batch_losses
+
+
+def test_a_full_disk_is_no_reason_not_to_begin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "TemporaryFile", full)
+    runner_of().fit(batches(3), checkpoints=tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-000000003.safetensors"]
 
 
 def test_what_a_metric_raises_comes_out(tmp_path: Path) -> None:

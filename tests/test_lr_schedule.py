@@ -13,6 +13,7 @@ import torch
 from chains import batches, cut, largest_difference, mlp
 from torch import nn
 from torch.optim import lr_scheduler
+from torch.optim.lr_scheduler import StepLR
 
 from fdg_cuda import Checkpoints, FDGRunner, reference
 from fdg_cuda.metrics import BatchResult
@@ -102,17 +103,18 @@ def plateau(runner: FDGRunner) -> object:
 
 def of_another(_: FDGRunner) -> object:
     other = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
-    return torch.optim.lr_scheduler.StepLR(other, 1)
+    return StepLR(other, 1)
 
 
 @pytest.mark.parametrize(
     ("make", "error", "words"),
     [
         (lambda _: "cos", TypeError, "runner.optimizer; got a str"),
-        (plateau, TypeError, "on_epoch"),
+        (lambda _: StepLR, TypeError, r"lr_scheduler=StepLR\(runner.optimizer, ...\)"),
+        (plateau, TypeError, "on_epoch.* callback"),
         (of_another, ValueError, "another optimizer"),
     ],
-    ids=["no scheduler", "wants a metric", "another optimizer"],
+    ids=["no scheduler", "a class", "wants a metric", "another optimizer"],
 )
 def test_schedulers_that_would_not_work(
     make: Callable[[FDGRunner], object], error: type[Exception], words: str

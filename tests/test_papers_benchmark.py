@@ -21,7 +21,8 @@ PROTOCOL = "--epochs 300 --seed 2 --batch-size 128 --momentum 0.9 --weight-decay
 
 def test_a_dry_run_names_every_run(capsys: pytest.CaptureFixture[str]) -> None:
     papers.main(["--dry-run", "--devices", "0,1"])
-    lines = capsys.readouterr().out.splitlines()
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first.startswith("Up to 4 stages share 0, 1: ")
     commands = dict(zip(lines[:-1:2], lines[1::2], strict=True))
     everything = papers.published()
     for row in everything["errors"]:

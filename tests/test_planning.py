@@ -153,6 +153,7 @@ class TestOfGivenCosts:
         assert "plain training: no number of stages is predicted to be worth its delay" in str(
             planned
         )
+        assert "with all of its threads one stage is predicted to take" in str(planned)
         alone = plan_for(*devices(1))
         assert "plain training" not in str(alone), "more than one were not planned"
 

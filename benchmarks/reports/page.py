@@ -104,7 +104,7 @@ def page(modules: Sequence[ModuleType]) -> str:
     lines = [*INTRODUCTION.splitlines(), ""]
     lines += ["## Contents", "", "- [Goals](#goals)"]
     lines += [f"- [{section.title}]({section.anchor})" for section in sections]
-    lines += ["", "## Goals", "", f"{counted(_all_goals(sections))}.", ""]
+    lines += ["", "## Goals", "", f"{counted(_all_goals(sections))}. {_by_section(sections)}", ""]
     rows = [
         [f"[{goal.name}]({section.anchor})", goal.wanted, goal.measured, goal.verdict]
         for section in sections
@@ -129,6 +129,16 @@ def short(modules: Sequence[ModuleType], all_modules: Sequence[ModuleType]) -> l
     lines += [f"**What was missed**: {counted(goals)}.", ""]
     lines += table(["missed", "wanted", "measured"], rows) if rows else []
     return lines
+
+
+def _by_section(sections: Sequence[Section]) -> str:
+    """Some benchmarks have many goals, most have one."""
+    parts = [
+        f"{section.title}: {sum(goal.met is True for goal in section.goals)} of {len(section.goals)}"
+        for section in sections
+        if section.goals
+    ]
+    return f"Met, by section: {'; '.join(parts)}."
 
 
 def _all_goals(sections: Sequence[Section]) -> list[Goal]:

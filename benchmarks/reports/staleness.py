@@ -58,6 +58,9 @@ def section() -> list[str]:
         "![staleness](results/staleness.png)",
         "",
         *table(["K", "mode", "stage 0", "last stage", "whole net", "training loss"], rows),
+        "One run of each kind: that angles grow with the delay stands out, but which of two neighbours "
+        "in the table is ahead, in angle or in loss, may be chance.",
+        "",
         *origin(results),
     ]
 
