@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import shlex
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -209,6 +210,13 @@ def _run(training: Training) -> int:
     except OSError as error:
         _complain(_not_written(error, training))
         return FAILED
+    except Exception as error:
+        said = training.untrained()
+        if not said:
+            raise
+        traceback.print_exc()  # where, in a model of the user's own
+        _complain(f"{said}: {error}")
+        return USER_ERROR
     console.print(summary_table(training.summary(outcome)))
     return _verdict(outcome)
 

@@ -120,7 +120,10 @@ def _devices() -> Iterator[Finding]:
         yield Finding("no", "openmp", "torch brings no OpenMP: a stage updates on one thread")
     if not _core.keeps_blocks():
         yield Finding(
-            "no", "memory", "freed tensors cannot be kept here: it is left to the C allocator"
+            "no",
+            "memory",
+            "freed tensors cannot be kept here (torch calls another C allocator than glibc's, or in a "
+            "way unknown here): CPU stages may be slower by some percent",
         )
     count = torch.cuda.device_count()
     if not count:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -224,6 +224,22 @@ class Training:
             if name and (self.out / name).exists():
                 self._file(name)
         return Outcome(status, self._rows, seconds, self._files, self.settings, message)
+
+    def untrained(self) -> str:
+        """What to say of an exception of :meth:`run` before any batch was trained, when model and data
+        may not go together; empty if one was. Folders that were made for nothing are removed."""
+        history = self.runner.history
+        if history is not None and history.batch_losses:
+            return ""
+        for folder in (self.out / CHECKPOINTS, self.out):
+            with suppress(OSError):  # something is in it
+                folder.rmdir()
+        of = self._metadata
+        return (
+            f"{of['model']} cannot be trained on the first batch of {of['data']}, with "
+            f"{of['in_channels']}x{of['image_size']}x{of['image_size']} images of {of['num_classes']} "
+            f"classes. Is that what it takes? --data chooses among data sets"
+        )
 
     def _make_folder(self) -> None:
         try:

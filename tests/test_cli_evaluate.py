@@ -98,3 +98,26 @@ def test_a_model_of_ones_own(
     assert "takes images of 3 channels, and these have 1" in " ".join(
         capfd.readouterr().err.split()
     )
+
+
+def test_a_model_that_the_data_do_not_fit(
+    run_cli: Cli, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "large_nets.py").write_text(
+        "from torch import nn\n\n"
+        "def net():\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(784, 32), nn.ReLU(), nn.Linear(32, 10))\n"
+    )
+    train = "train --model large_nets:net --devices cpu,cpu --epochs 1"
+    assert run_cli(train) == 2
+    errors = " ".join(capfd.readouterr().err.split())
+    assert (
+        "large_nets:net cannot be trained on the first batch of digits, with 1x8x8 images of 10 classes"
+        in errors
+    )
+    assert "mat1 and mat2" in errors
+    assert not list((tmp_path / "runs").iterdir())
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "note").touch()
+    assert run_cli(f"{train} --out taken") == 2
+    assert [path.name for path in (tmp_path / "taken").iterdir()] == ["note"]
