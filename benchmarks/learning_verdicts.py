@@ -2,9 +2,9 @@
 
 Each answer rests on one number per seed, taken between runs with the same first weights and batches,
 and on the 95 % interval of Student's t around the mean over seeds. An interval above 0 or below it
-is an answer; one with 0 inside is "within noise", and its width says what would not have been seen.
-So equality is claimed only of an interval that lies within ``MARGIN``. A run that diverged counts as
-guessing.
+is an answer, however small; one with 0 inside is "within noise", and its width says what would not have
+been seen. So equality is claimed only of one that lies within ``MARGIN``, and that shrinking recovers
+too little where all of its interval does. A run that diverged counts as guessing.
 """
 
 from __future__ import annotations
@@ -132,9 +132,12 @@ def _recovers(errors: Errors, plain: list[Way], shrunk: list[Way]) -> Verdict | 
     gain = interval([a - b for a, b in zip(before, after, strict=True)])
     left = interval([a - b for a, b in zip(after, bp, strict=True)])
     # What is left may be lost in noise: then at least half of the damage has to be gone.
-    half_left = left.mean > (statistics.fmean(before) - statistics.fmean(bp)) / 2
+    damage = statistics.fmean(before) - statistics.fmean(bp)
+    half_left = left.mean > damage / 2
     partly = left.above or half_left
     answer = _answer(gain, "partly" if partly else "yes", "no: it does harm")
+    if not gain.below and gain.mean + gain.half < damage / 2:
+        answer = "no: less than half of it"
     beta = shrunk[0].beta
     return Verdict(
         f"shrinking (beta = {beta:g}) recovers it",
@@ -150,10 +153,12 @@ def _equals(errors: Errors, way: Way) -> Verdict | None:
     above = interval([error - bp for bp, error in rows])
     if above.n == 1:
         answer = UNDECIDED
-    elif above.around_nothing:
-        answer = "yes"
     elif above.above or above.below:
         answer = "no: worse" if above.above else "no: better"
+        if above.around_nothing:
+            answer += f", by less than {100 * MARGIN:g} points"
+    elif above.around_nothing:
+        answer = "yes"
     else:
         answer = f"within noise, which is wider than {100 * MARGIN:g} points"
     return Verdict(

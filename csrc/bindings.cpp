@@ -264,8 +264,9 @@ class PyScheduler {
       delete scheduler;
       --at_exit().schedulers;
     };
+    const bool elsewhere = fdg::PythonWork::is_running() || at_exit().begun;
     GilRelease no_gil;
-    if (fdg::PythonWork::is_running() || at_exit().begun)
+    if (elsewhere)
       std::thread(join).detach();
     else
       join();

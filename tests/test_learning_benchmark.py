@@ -259,6 +259,14 @@ def test_half_a_recovery() -> None:
     assert end[2:] == ["no: worse", "no: worse"]
 
 
+def test_what_is_small_but_certain_is_no_noise() -> None:
+    stale = {1.0: 0.03, 0.5: 0.029}
+    end = answers(lambda way, seed: 0.1 + noise(way, seed) + stale[way.beta] * (way.stages - 2)
+    * (way.method == "fdg") + 0.003 * (way == Way("fdg", 2)), seeds=9)  # fmt: skip
+    assert end[1] == "no: less than half of it"
+    assert end[2] == "no: worse, by less than 0.5 points"
+
+
 def test_a_run_that_diverged_counts_as_guessing() -> None:
     worst = Way("fdg", 4, 1.0)
     said = verdicts(

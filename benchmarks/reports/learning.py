@@ -46,8 +46,8 @@ def section() -> list[str]:
         "",
         *_claims(_verdicts(results)),
         "Answers are those of a 95 % t interval over seeds (±), paired by seed. A difference that lies "
-        "within ± is called noise: as large a one could hide there. Equal is what is known to differ "
-        f"by less than {100 * MARGIN:g} points. A run that diverged counts as guessing.",
+        "within ± is called noise: as large a one could hide there. Equal is what lies within ±, and is "
+        f"known to differ by less than {100 * MARGIN:g} points. A run that diverged counts as guessing.",
         "",
         *origin(results),
     ]
