@@ -140,7 +140,7 @@ def gain(cases: list[Row]) -> list[str]:
     for case in cases:
         name = case["model"]
         kinds.setdefault(
-            "convolutional nets" if EVERY_MODEL[name].convolutional else name, []
+            "convolutional nets" if EVERY_MODEL[name].convolutional else f"the {name}", []
         ).append(case)
     found = []
     for kind, members in kinds.items():
