@@ -136,8 +136,10 @@ def _recovers(errors: Errors, plain: list[Way], shrunk: list[Way]) -> Verdict | 
     half_left = left.mean > damage / 2
     partly = left.above or half_left
     answer = _answer(gain, "partly" if partly else "yes", "no: it does harm")
-    if not gain.below and gain.mean + gain.half < damage / 2:
-        answer = "no: less than half of it"
+    # What is gained beyond half of what is lost.
+    beyond = interval([a - b - (a - c) / 2 for a, b, c in zip(before, after, bp, strict=True)])
+    if beyond.below and not gain.below:
+        answer = f"{'partly' if gain.above else 'no'}: less than half of it"
     beta = shrunk[0].beta
     return Verdict(
         f"shrinking (beta = {beta:g}) recovers it",

@@ -302,7 +302,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console = Console(soft_wrap=True)
     runs = runs_of(given)
     most = max((run.stages for run in runs), default=0)
-    if len(given.devices) < most and not given.quick:
+    if len(set(given.devices)) < most and not given.quick:
         console.print(
             f"Up to {most} stages share {', '.join(map(str, given.devices))}: their times are not to be "
             f"compared with the published ones, which had a device for each.",

@@ -5,6 +5,7 @@
 #include <atomic>
 #include <chrono>
 #include <csignal>
+#include <cstdlib>
 #include <iterator>
 #include <memory>
 #include <optional>
@@ -56,16 +57,28 @@ void refuse_at_exit() {
   if (at_exit().begun) throw std::runtime_error("the interpreter is ending");
 }
 
-// Ctrl-C while the interpreter's end waits: there is nobody left whom an exception would stop.
-void end_by_signal_or_say(py::error_already_set error) {
-  if (!error.matches(PyExc_KeyboardInterrupt)) return error.discard_as_unraisable("at exit");
+void flush_output() {
   try {
     for (const char* name : {"stdout", "stderr"})
       py::module_::import("sys").attr(name).attr("flush")();
   } catch (const py::error_already_set&) {  // closed: nothing to flush
   }
-  std::signal(SIGINT, SIG_DFL);
-  std::raise(SIGINT);
+}
+
+// What a signal's handler raised while the interpreter's end waits: there is nobody left whom an
+// exception would stop, so Ctrl-C and sys.exit() end the process here.
+void end_process_or_say(py::error_already_set error) {
+  if (error.matches(PyExc_KeyboardInterrupt)) {
+    flush_output();
+    std::signal(SIGINT, SIG_DFL);
+    std::raise(SIGINT);
+  } else if (error.matches(PyExc_SystemExit)) {
+    const py::object code = error.value().attr("code");
+    flush_output();
+    std::_Exit(py::isinstance<py::int_>(code) ? code.cast<int>() : !code.is_none());
+  } else {
+    error.discard_as_unraisable("at exit");
+  }
 }
 
 uint64_t fit_begins() {
@@ -75,7 +88,10 @@ uint64_t fit_begins() {
 
 void fit_ends(uint64_t thread) {
   const auto found = at_exit().fits.find(thread);
-  if (found == at_exit().fits.end()) throw std::logic_error("no such fit has begun");
+  if (found == at_exit().fits.end()) {
+    if (fdg::went_through_fork()) return;  // in the midst of the parent's
+    throw std::logic_error("no such fit has begun");
+  }
   at_exit().fits.erase(found);
   const auto now = AtExit::Clock::now();
   auto& left = at_exit().left;
@@ -140,6 +156,7 @@ class PyScheduler {
 
   static void close_all() {
     at_exit().begun = true;
+    is_closing_all = true;
     const auto begin = AtExit::Clock::now();
     while (true) {
       const std::set<PyScheduler*> known = all();
@@ -149,7 +166,7 @@ class PyScheduler {
       if (at_exit().schedulers == 0 && at_exit().calls_without_gil == 0 &&
           !is_fit_awaited(begin, now))
         break;
-      if (PyErr_CheckSignals() != 0) end_by_signal_or_say(py::error_already_set());
+      if (PyErr_CheckSignals() != 0) end_process_or_say(py::error_already_set());
       py::gil_scoped_release no_gil;
       std::this_thread::sleep_for(std::chrono::milliseconds(1));
     }
@@ -264,19 +281,22 @@ class PyScheduler {
       delete scheduler;
       --at_exit().schedulers;
     };
-    const bool elsewhere = fdg::PythonWork::is_running() || at_exit().begun;
     GilRelease no_gil;
-    if (elsewhere)
+    if (fdg::PythonWork::is_running() || is_closing_all)
       std::thread(join).detach();
     else
       join();
   }
+
+  static thread_local bool is_closing_all;
 
   bool failed_ = false;
   const int forks_ = fdg::forks();
   std::shared_ptr<fdg::trace::Log> log_;
   std::shared_ptr<fdg::Scheduler> scheduler_;
 };
+
+thread_local bool PyScheduler::is_closing_all = false;
 
 // Between two looks whether a signal (Ctrl-C) came in: some milliseconds.
 constexpr int64_t kActionsSimulatedAtOnce = 100'000;

@@ -2,7 +2,7 @@
 //
 //   g' = s*g + wd*w;  v = mu*v + g';  w = w - lr*v   (Nesterov: w = w - lr*(g' + mu*v))
 //
-// with s the stage's shrinking factor beta^(K-1-k) (FDG, Zhuang et al. 2021). Rounded as
+// with s the stage's shrinking factor beta^(K-1-k) (FDG, Zhuang et al. 2022). Rounded as
 // torch.optim.SGD rounds: its add(x, alpha) is one fused multiply-add, its mul_ and add_ of the
 // momentum are two roundings. So the fma's are written out, and files that include this header are
 // compiled with contraction off; the bits then depend on neither compiler nor vector width.

@@ -102,7 +102,10 @@ class Saver:
             UnfinishedRunError: they belong to an unfinished run that is not to be gone on with.
         """
         settings = self._settings
-        self._folder.check_writable()
+        if not (
+            settings.resume and Path(settings.folder).is_dir()
+        ):  # there may be nothing to write
+            self._folder.check_writable()
         if settings.overwrite:
             self._to_clear = True
             return None

@@ -30,6 +30,10 @@ app = typer.Typer(
 )
 
 
+# What a model raises that the data do not fit.
+MISFITS = (RuntimeError, ValueError, TypeError, IndexError)
+
+
 def main() -> None:
     """Run the command line and exit: 0 done, 1 failed, 2 wrong input, 130 Ctrl-C."""
     try:
@@ -210,8 +214,8 @@ def _run(training: Training) -> int:
     except OSError as error:
         _complain(_not_written(error, training))
         return FAILED
-    except Exception as error:
-        said = training.untrained()
+    except MISFITS as error:
+        said = "" if "out of memory" in str(error) else training.untrained()
         if not said:
             raise
         traceback.print_exc()  # where, in a model of the user's own

@@ -48,8 +48,8 @@ class NonFiniteLossError(ArithmeticError):
         )
         if epoch == batch == 0 and not weights:
             advice = (
-                "Nothing had been trained before: look for NaN and infinite values in the batch's input "
-                "and target, and in the weights that the model came with."
+                "No update of this fit had a part in it: look for NaN and infinite values in the "
+                "batch's input and target, and in the weights that the model had."
             )
         super().__init__(
             f"{what} became {value} at batch {batch} of epoch {epoch}; training stopped and the "

@@ -229,19 +229,21 @@ class Training:
         """What to say of an exception of :meth:`run` before any batch was trained, when model and data
         may not go together; empty if one was. Folders that were made for nothing are removed."""
         history = self.runner.history
-        if history is not None and history.batch_losses:
+        if (history is not None and history.batch_losses) or self.resumable:
             return ""
-        for folder in (self.out / CHECKPOINTS, self.out):
+        for folder in self._made:
             with suppress(OSError):  # something is in it
                 folder.rmdir()
         of = self._metadata
         return (
             f"{of['model']} cannot be trained on the first batch of {of['data']}, with "
             f"{of['in_channels']}x{of['image_size']}x{of['image_size']} images of {of['num_classes']} "
-            f"classes. Is that what it takes? --data chooses among data sets"
+            f"classes (--data chooses)"
         )
 
     def _make_folder(self) -> None:
+        folders = (self.out / CHECKPOINTS, self.out, *self.out.parents)
+        self._made = [folder for folder in folders if not folder.exists()]
         try:
             self.out.mkdir(parents=True, exist_ok=True)
         except FileExistsError:

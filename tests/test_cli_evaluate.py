@@ -116,7 +116,10 @@ def test_a_model_that_the_data_do_not_fit(
         in errors
     )
     assert "mat1 and mat2" in errors
-    assert not list((tmp_path / "runs").iterdir())
+    assert not (tmp_path / "runs").exists()
+    (tmp_path / "empty").mkdir()
+    assert run_cli(f"{train} --out empty") == 2
+    assert (tmp_path / "empty").is_dir(), "which was there before"
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "note").touch()
     assert run_cli(f"{train} --out taken") == 2

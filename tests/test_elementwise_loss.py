@@ -26,12 +26,22 @@ def runner_with(loss_fn: Any) -> FDGRunner:
 @pytest.mark.parametrize("loss_fn", LOSSES)
 def test_another_shape_than_the_output_s_is_refused(loss_fn: Any) -> None:
     runner = runner_with(loss_fn)
-    expected = r"output has shape \(8, 1\), the target \(8,\); \w+ compares .*unsqueeze"
+    expected = (
+        r"output has shape \(8, 1\), the target \(8,\); \w+ compares .*target.reshape\(\(8, 1\)\)"
+    )
     with pytest.raises(ValueError, match=expected):
         runner.fit(batch(8))
     with pytest.raises(ValueError, match=expected):
         runner.evaluate(batch(8))
     assert runner.fit(batch(8, 1)).batch_losses
+
+
+@pytest.mark.filterwarnings("ignore:Using a target size")
+def test_a_batch_of_one_is_the_same_either_way() -> None:
+    runner = runner_with(F.l1_loss)
+    one = torch.randn(1, 4)
+    loss = runner.evaluate([(one, torch.ones(1))]).loss
+    assert loss == runner.evaluate([(one, torch.ones(1, 1))]).loss
 
 
 def test_numbers_are_torch_s() -> None:

@@ -55,15 +55,16 @@ FORK_WHILE_FITTING = """
 import os, signal, sys, threading, time, torch
 from torch import nn
 from fdg_cuda import FDGRunner
+begun = threading.Event()
 class Slow(nn.Module):
     def forward(self, x):
+        begun.set()  # the fork comes while nobody computes
         time.sleep(0.05)
         return x
 net = nn.Sequential(nn.Linear(8, 8), Slow(), nn.Linear(8, 8))
 runner = FDGRunner(net, ["cpu", "cpu"], split=[2], cpu_threads=2)
 data = [(torch.randn(4, 8), torch.randint(8, (4,)))] * 600
-begun = threading.Event()
-thread = threading.Thread(target=lambda: runner.fit(data, on_batch=lambda _: begun.set()))
+thread = threading.Thread(target=lambda: runner.fit(data))
 thread.start()
 begun.wait()
 child = os.fork()
@@ -86,6 +87,34 @@ TRAIN_ANOTHER = """torch.set_num_threads(1)
 def test_it_ends_though_the_parent_is_in_a_fit(work: str, said: str) -> None:
     """As a program ends, with the interpreter: that waits for what runs without Python's lock."""
     assert output_of(WAIT + FORK_WHILE_FITTING.format(work=work)) == f"{said}ends\n"
+
+
+FORK_IN_A_FIT = """
+import os, threading, torch
+from torch import nn
+from fdg_cuda import FDGRunner
+runner = FDGRunner(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), ["cpu", "cpu"], split=[1])
+def fork(result):
+    if result.batch:
+        return
+    if os.fork() == 0:
+        raise ValueError("of the child")
+    os.wait()
+def fit():
+    try:
+        runner.fit([(torch.randn(4, 8), torch.randint(8, (4,)))] * 4, on_batch=fork)
+    except ValueError as error:
+        print(error, flush=True)
+        os._exit(0)
+thread = threading.Thread(target=fit)
+thread.start()
+thread.join()
+print("ends")
+"""
+
+
+def test_a_fork_in_a_callback_raises_what_the_child_raises() -> None:
+    assert output_of(FORK_IN_A_FIT) == "of the child\nends\n"
 
 
 USE_THE_PARENTS = """

@@ -183,7 +183,8 @@ def test_the_interpreter_may_end_right_behind_a_daemon_thread_s_fit() -> None:
 
 def test_ctrl_c_ends_what_the_interpreter_s_end_waits_for() -> None:
     """An action under way is waited for, however long it takes."""
-    program = SCHEDULER.format(seconds=60) + "submit(1)\nbegun.wait()\nprint('the end')\n"
+    program = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    program += SCHEDULER.format(seconds=60) + "submit(1)\nbegun.wait()\nprint('the end')\n"
     ending = "import atexit, os\natexit.register(lambda: os.write(2, b'ending\\n'))\n"
     process = subprocess.Popen(
         [sys.executable, "-c", program + ending],

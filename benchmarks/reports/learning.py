@@ -47,7 +47,8 @@ def section() -> list[str]:
         *_claims(_verdicts(results)),
         "Answers are those of a 95 % t interval over seeds (±), paired by seed. A difference that lies "
         "within ± is called noise: as large a one could hide there. Equal is what lies within ±, and is "
-        f"known to differ by less than {100 * MARGIN:g} points. A run that diverged counts as guessing.",
+        f"known to differ by less than {100 * MARGIN:g} points. Less than half: a gain of half of what "
+        "beta = 1 loses would have been seen. A run that diverged counts as guessing.",
         "",
         *origin(results),
     ]

@@ -212,8 +212,8 @@ def hops(cases: list[Case]) -> list[str]:
         "**A hop between two stages on the CPU**",
         "From a stage's send to its neighbour's use: half of a round trip between two streams that wait "
         "for each other's event. Medians with quartiles, of one process. Where Python is part of it (by "
-        "reference), processes differ: two threads take turns with Python's lock, and in some processes "
-        "a hop takes four times as long as in others.",
+        "reference) two threads take turns with its lock, and processes differ by more than the "
+        "quartiles within one.",
         ["what is handed over", "µs", "GB/s"],
         rows,
     )

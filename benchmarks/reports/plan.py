@@ -40,10 +40,10 @@ def section() -> list[str]:
         "![predicted and real milliseconds per tick](results/plan.png)",
         "",
         *table(headings, rows),
-        f"{below} of {len(rows)} predictions are below what happened: the median is "
-        f"{quartiles(ratios)['median']:.3f} of it. Plans here cut between children only, and K = 1 is "
-        "the runner's plain training, which keeps freed memory as K = 2 does: so K = 2 is ahead by less "
-        "than of plain torch in other tables.",
+        f"Predicted / real is the median within rounds. {below} of {len(rows)} are below 1, and their "
+        f"median is {quartiles(ratios)['median']:.3f}. Plans here cut between children only, and K = 1 "
+        "is the runner's plain training, which keeps freed memory as K = 2 does: so K = 2 is ahead by "
+        "less than of plain torch in other tables.",
         "",
         *origin(results),
     ]

@@ -11,6 +11,7 @@
 #include <cstring>
 #include <mutex>
 #include <thread>
+#include <utility>
 
 #include "block_cache.h"
 #include "import_slot.h"
@@ -79,16 +80,32 @@ bool is_set_by_user() {
   return tunables != nullptr && std::strstr(tunables, "glibc.malloc.") != nullptr;
 }
 
-bool settings_help() {
-  static const bool help = allocator_is_glibcs() && !is_set_by_user();
-  return help;
-}
-
 // Where blocks cannot be kept: the C library's own means.
 std::mutex settings_mutex;
 int settings_keepers = 0;
 // Above which a block has to be a mapping of its own.
 constexpr int kMostOfOldGlibcs = 32 << 20;
+
+// What glibc itself arrives at in a process that frees large blocks.
+void undo_settings() {
+  mallopt(M_ARENA_MAX, 8 * static_cast<int>(std::thread::hardware_concurrency()));
+  mallopt(M_MMAP_THRESHOLD, kMostOfOldGlibcs);
+  mallopt(M_TRIM_THRESHOLD, 64 << 20);
+}
+
+void undo_settings_in_child() {
+  const int keepers = std::exchange(settings_keepers, 0);
+  settings_mutex.unlock();
+  if (keepers > 0) undo_settings();
+}
+
+bool settings_help() {
+  static const bool help =
+      allocator_is_glibcs() && !is_set_by_user() &&
+      pthread_atfork([] { settings_mutex.lock(); }, [] { settings_mutex.unlock(); },
+                     undo_settings_in_child) == 0;
+  return help;
+}
 
 void make_settings() {
   const std::lock_guard<std::mutex> lock(settings_mutex);
@@ -101,10 +118,7 @@ void make_settings() {
 void unmake_settings() {
   const std::lock_guard<std::mutex> lock(settings_mutex);
   if (settings_keepers == 0 || --settings_keepers > 0) return;
-  // What glibc itself arrives at in a process that frees large blocks.
-  mallopt(M_ARENA_MAX, 8 * static_cast<int>(std::thread::hardware_concurrency()));
-  mallopt(M_MMAP_THRESHOLD, kMostOfOldGlibcs);
-  mallopt(M_TRIM_THRESHOLD, 64 << 20);
+  undo_settings();
   malloc_trim(0);
 }
 

@@ -12,8 +12,8 @@ thread_local int python_work_depth = 0;
 AtExit& at_exit() {
   static auto* state = new AtExit();  // never destroyed: daemon threads may outlive statics
   static int made_at = forks();
-  if (made_at !=
-      forks()) {  // a child of a fork, which is here before it can start a thread of ours
+  // A child of a fork, which is here before it can start a thread of ours.
+  if (made_at != forks()) {
     made_at = forks();
     state = new AtExit();
   }
