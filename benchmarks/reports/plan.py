@@ -42,8 +42,8 @@ def section() -> list[str]:
         *table(headings, rows),
         f"Predicted / real is the median within rounds. {below} of {len(rows)} are below 1, and their "
         f"median is {quartiles(ratios)['median']:.3f}. Plans here cut between children only, and K = 1 "
-        "is the runner's plain training, which keeps freed memory as K = 2 does: so K = 2 is ahead by "
-        "less than of plain torch in other tables.",
+        "is the runner's plain training, which keeps freed memory as K = 2 does: K = 2 is ahead of "
+        "it by less than of plain torch in other tables, or not at all.",
         "",
         *origin(results),
     ]
