@@ -102,9 +102,8 @@ class Saver:
             UnfinishedRunError: they belong to an unfinished run that is not to be gone on with.
         """
         settings = self._settings
-        if not (
-            settings.resume and Path(settings.folder).is_dir()
-        ):  # there may be nothing to write
+        # Of a finished run there is nothing left to write.
+        if not (settings.resume and Path(settings.folder).is_dir()):
             self._folder.check_writable()
         if settings.overwrite:
             self._to_clear = True

@@ -319,7 +319,8 @@ class FDGRunner:
                 and stages may differ by the updates that were under way.
             TrainingStopped: with ``checkpoints``, on Ctrl-C or SIGTERM, after a checkpoint was
                 written; a second Ctrl-C is a KeyboardInterrupt, a second SIGTERM ends the process.
-            CheckpointError: ``checkpoints`` holds what cannot be gone on from, or written over.
+            CheckpointError: ``checkpoints`` holds what cannot be gone on from, or written over, or no
+                file can be made there; before the first batch.
             Exception: whatever the model, the loss or the loader raised. No thread is left, and
                 ``fit`` can be called again.
         """

@@ -181,9 +181,18 @@ def test_the_interpreter_may_end_right_behind_a_daemon_thread_s_fit() -> None:
     ends_well(FIT + STOP_AND_FREE + IN_DAEMON.format("stop_and_free") + END)
 
 
-def test_ctrl_c_ends_what_the_interpreter_s_end_waits_for() -> None:
+@pytest.mark.parametrize(
+    ("number", "handler", "status"),
+    [
+        (signal.SIGINT, "signal.default_int_handler", -signal.SIGINT),
+        (signal.SIGTERM, "lambda *_: sys.exit(3)", 3),
+    ],
+)
+def test_signals_end_what_the_interpreter_s_end_waits_for(
+    number: signal.Signals, handler: str, status: int
+) -> None:
     """An action under way is waited for, however long it takes."""
-    program = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    program = f"import signal, sys\nsignal.signal({int(number)}, {handler})\n"
     program += SCHEDULER.format(seconds=60) + "submit(1)\nbegun.wait()\nprint('the end')\n"
     ending = "import atexit, os\natexit.register(lambda: os.write(2, b'ending\\n'))\n"
     process = subprocess.Popen(
@@ -195,11 +204,11 @@ def test_ctrl_c_ends_what_the_interpreter_s_end_waits_for() -> None:
     assert process.stderr is not None
     assert process.stderr.readline() == "ending\n"
     for _ in range(300):  # the first may meet what was registered behind, and be said there
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         time.sleep(0.1)
         if process.poll() is not None:
             break
     process.kill()
     output, said = process.communicate()
-    assert process.returncode == -signal.SIGINT, said
+    assert process.returncode == status, said
     assert output == "the end\n"
